@@ -1,0 +1,45 @@
+# The two commands: `make book` and `make test`. Both make the environment first if it is missing.
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: book test env lint unit notebooks benchmarks lock clean
+
+book: env
+	@$(BIN)/leantrain run --all; ran=$$?; $(BIN)/leantrain book && exit $$ran
+
+test: env lint unit notebooks
+
+env: $(INSTALLED)
+
+# --no-deps: the lock is complete, so nothing that it does not name can come in; `pip check` proves it.
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"error: Python 3.11 is needed, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip --disable-pip-version-check check
+	@touch $@
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: env
+	$(BIN)/python -m pytest tests lib --doctest-modules
+
+notebooks: env
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks/*.ipynb
+
+benchmarks: env
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# Resolves pyproject.toml anew for Python 3.11 on Linux and macOS; needs `uv` on the path.
+lock:
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate --quiet \
+	  | grep -v "python_full_version >= '3.1[2-9]'" | sed -E "s/ ; python_full_version < '3.1[2-9]'$$//" > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:
+	rm -rf _build .venv

@@ -1,0 +1,51 @@
+"""Data sets by name: found, verified by SHA-256, never silently replaced and never downloaded inside a chapter.
+
+The names are loaded when they are first used, because torch and pandas take seconds to import. Downloading and
+verifying are in :mod:`leantrain.data.fetch`, what is known about every set in :mod:`leantrain.data.registry`;
+both import neither.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from leantrain.data.checks import duplicates, overlap
+    from leantrain.data.errors import CorruptData, DataError, MissingData
+    from leantrain.data.image_sets import ImageData, images
+    from leantrain.data.text_sets import table, text
+
+__all__ = [
+    "CorruptData",
+    "DataError",
+    "ImageData",
+    "MissingData",
+    "duplicates",
+    "images",
+    "overlap",
+    "table",
+    "text",
+]
+
+_HOME = {
+    "CorruptData": "errors",
+    "DataError": "errors",
+    "ImageData": "image_sets",
+    "MissingData": "errors",
+    "duplicates": "checks",
+    "images": "image_sets",
+    "overlap": "checks",
+    "table": "text_sets",
+    "text": "text_sets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,14 @@
+"""Accelerators, emulated: what their papers share, and one module a paper.
+
+The common core is read in this order:
+
+* [`workloads`][leantrain.hardware.workloads]: the layers of a network with their shapes, found by running it on the
+  meta device, and the small networks that the emulator chapters train;
+* `trace`: the zero masks (and values) of activations, weights and gradients of a network in training;
+* `lowering`: how the three products of a layer become streams of operands for a processing element;
+* `energy`: relative costs of an access and of a cycle.
+
+An emulator (`tensordash`, ...) takes a configuration, a workload or a trace, and returns a tidy table.
+"""
+
+__all__ = ["energy", "lowering", "tensordash", "trace", "workloads"]

@@ -1,0 +1,308 @@
+"""Run chapters with papermill on this machine.
+
+Every run is a process of its own that executes into a partial file. Only when the runner itself has seen that
+every code cell ran in order and left a valid record does the notebook take its final name, in one step. A failed
+run leaves the partial file, marked incomplete with the cause, beside the untouched older result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from leantrain import paths
+from leantrain.catalog import Paper
+from leantrain.records import IncompleteRun, finish, freshness, profile_parameters, read_record, run_path, strip_paths
+
+__all__ = ["CELL_TIMEOUT", "Job", "Outcome", "Progress", "plan", "run_jobs"]
+
+#: Longest time that one cell may take, in seconds, by profile.
+CELL_TIMEOUT = {"quick": 300, "book": 3600, "paper": 14 * 24 * 3600}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One chapter to run.
+
+    Attributes:
+        paper: The paper.
+        profile: quick, book or paper.
+        parameters: All parameters, checked.
+        source: The chapter's source notebook.
+        target: Where the executed notebook lands.
+        store: Whether the result becomes the source's reference outputs.
+        kernel: Name of the Jupyter kernel.
+        cell_timeout: Longest time for one cell, in seconds.
+    """
+
+    paper: Paper
+    profile: str
+    parameters: Mapping[str, Any]
+    source: Path
+    target: Path
+    store: bool = False
+    kernel: str = "python3"
+    cell_timeout: int = 3600
+
+    @property
+    def partial(self) -> Path:
+        """The file that the run writes until it is complete."""
+        return paths.BUILD / "partial" / self.profile / f"{self.paper.slug}.ipynb"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: `done`, `fresh` (nothing to do), `failed` or `stopped`, with the cause in words."""
+
+    job: Job
+    status: str
+    cause: str = ""
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the chapter has a complete result."""
+        return self.status in ("done", "fresh")
+
+
+#: Called with (slug, event, fields): started, cell (index, total), finished (outcome).
+Progress = Callable[[str, str, Mapping[str, Any]], None]
+
+
+def plan(
+    paper: Paper,
+    profile: str,
+    given: Mapping[str, object] | None = None,
+    *,
+    store: bool = False,
+    target: Path | None = None,
+) -> Job:
+    """Check everything that can be checked before a run starts.
+
+    Args:
+        paper: The paper; it must have a chapter.
+        profile: quick, book or paper.
+        given: Parameters that replace those of the profile.
+        store: Put the outputs into the source notebook (only at `quick` with its own parameters).
+        target: Where the executed notebook goes; by default the profile's place.
+
+    Raises:
+        ParameterError: On a faulty parameter.
+        ValueError: If the paper has no chapter, or `store` is asked for with other parameters than the source's own.
+    """
+    if not paper.built:
+        raise ValueError(f"{paper.slug!r} has no chapter yet: it is planned")
+    parameters = profile_parameters(paper, profile, given)
+    if store and (profile != "quick" or given):
+        raise ValueError("--store keeps the reference outputs at the quick profile, with the notebook's own parameters")
+    if parameters.get("dry_run") and target is None:
+        target = paths.BUILD / "runs" / f"{profile}-dry" / f"{paper.slug}.ipynb"
+    elif given and target is None:
+        target = paths.BUILD / "runs" / f"{profile}-custom" / f"{paper.slug}.ipynb"
+    target = paper.notebook_path if store else target or run_path(paper, profile)
+    return Job(paper, profile, parameters, paper.notebook_path, target, store, cell_timeout=CELL_TIMEOUT[profile])
+
+
+def run_jobs(
+    jobs: Sequence[Job], *, parallel: int = 1, force: bool = False, progress: Progress | None = None
+) -> list[Outcome]:
+    """Run jobs, a few at a time; one that fails does not stop the others.
+
+    Args:
+        jobs: What to run.
+        parallel: How many at a time; the processor's threads are shared out evenly among them.
+        force: Run also what has a fresh, complete result.
+        progress: Told of every step.
+
+    Returns:
+        One outcome per job, in order. After an interrupt (Ctrl-C or SIGTERM) running jobs are stopped with all
+        their processes, the others are not started, and both are reported as `stopped`.
+
+    Raises:
+        ValueError: If `parallel` is less than 1.
+    """
+    if parallel < 1:
+        raise ValueError(f"at least one job must run at a time, got {parallel}")
+    report = progress or (lambda slug, event, fields: None)
+    outcomes: dict[int, Outcome] = {}
+    waiting: queue.SimpleQueue[tuple[int, Job]] = queue.SimpleQueue()
+    for item in enumerate(jobs):
+        waiting.put(item)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                index, job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            outcomes[index] = _run(job, max(1, (os.cpu_count() or 1) // parallel), force, stop, report)
+            report(job.paper.slug, "finished", {"outcome": outcomes[index]})
+
+    threads = [threading.Thread(target=work) for _ in range(min(parallel, len(jobs)))]
+    with _on_signals(stop):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)
+    return [outcomes.get(i, Outcome(job, "stopped", "not started")) for i, job in enumerate(jobs)]
+
+
+@contextlib.contextmanager
+def _on_signals(stop: threading.Event) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into a request to stop, while jobs run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _run(job: Job, threads: int, force: bool, stop: threading.Event, report: Progress) -> Outcome:
+    started = time.monotonic()
+    job.partial.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(job.partial.with_suffix(".lock"))
+    try:
+        with lock.acquire(timeout=0):
+            if not force and not job.store and _is_fresh(job):
+                return Outcome(job, "fresh")
+            report(job.paper.slug, "started", {})
+            cause = _execute(job, threads, stop, report)
+            if cause is None:
+                cause = _publish(job)
+    except Timeout:
+        cause = f"another run of {job.paper.slug} at {job.profile} is under way"
+        return Outcome(job, "failed", cause, time.monotonic() - started)
+    except OSError as error:
+        cause = f"cannot write: {error.strerror}"
+    seconds = time.monotonic() - started
+    if cause is None:
+        return Outcome(job, "done", seconds=seconds)
+    cause = strip_paths(cause)
+    _mark_incomplete(job.partial, cause)
+    return Outcome(job, "stopped" if stop.is_set() else "failed", cause, seconds)
+
+
+def _is_fresh(job: Job) -> bool:
+    try:
+        record = read_record(job.target)
+    except IncompleteRun:
+        return False
+    return freshness(record, job.paper, job.parameters).state == "fresh"
+
+
+def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) -> str | None:
+    """Run the worker; None when every cell was executed, else what went wrong."""
+    # Parameters that the source holds already are not injected: the quick run is the source, executed.
+    own = profile_parameters(job.paper, "quick")
+    injected = {name: value for name, value in job.parameters.items() if value != own[name]}
+    spec = {
+        "source": str(job.source),
+        "output": str(job.partial),
+        "parameters": injected,
+        "kernel": job.kernel,
+        "cwd": str(paths.ROOT),
+        "cell_timeout": job.cell_timeout,
+    }
+    environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1", "LEANTRAIN_ROOT": str(paths.ROOT)}
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        environment.setdefault(name, str(threads))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "leantrain.worker", json.dumps(spec)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        start_new_session=True,
+    )
+    watcher = threading.Thread(target=_stop_when_asked, args=(process, stop), daemon=True)
+    watcher.start()
+    errors: list[str] = []
+    drain = threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True)
+    drain.start()
+    cause: str | None = None
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event["event"] == "cell":
+            report(job.paper.slug, "cell", {"index": event["index"] + 1, "total": event["total"]})
+        elif event["event"] == "failed":
+            place = f"cell {event['cell'] + 1}: " if event.get("cell") is not None else ""
+            cause = place + event["cause"]
+    code = process.wait()
+    drain.join(5)
+    if stop.is_set():
+        return "interrupted"
+    if code == 0:
+        return None
+    if code < 0:
+        return f"the run was killed by {signal.Signals(-code).name}"
+    return cause or (errors[-1].strip() if errors else f"the run ended with exit status {code}")
+
+
+def _stop_when_asked(process: subprocess.Popen[str], stop: threading.Event) -> None:
+    while process.poll() is None:
+        if stop.wait(0.2):
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+            return
+
+
+def _publish(job: Job) -> str | None:
+    """Give an executed notebook its final name if it is complete; else say what it lacks."""
+    notebook = json.loads(job.partial.read_text(encoding="utf-8"))
+    _clean(notebook)
+    try:
+        record = finish(notebook)
+    except IncompleteRun as error:
+        return str(error)
+    if record.slug != job.paper.slug or record.parameters != dict(job.parameters):
+        return f"the record belongs to another run: {record.slug} with {record.parameters}"
+    paths.write_atomically(job.target, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    job.partial.unlink()
+    return None
+
+
+def _clean(notebook: dict[str, Any]) -> None:
+    """Take out what papermill and the kernel note about this machine."""
+    notebook["metadata"].pop("papermill", None)
+    notebook["metadata"].pop("widgets", None)
+    for cell in notebook["cells"]:
+        for key in ("papermill", "execution", "ExecuteTime"):
+            cell["metadata"].pop(key, None)
+        if cell["metadata"].get("tags") == []:
+            cell["metadata"].pop("tags")
+
+
+def _mark_incomplete(partial: Path, cause: str) -> None:
+    """Keep what there is of a failed run, and say in it that it is incomplete."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        notebook = json.loads(partial.read_text(encoding="utf-8"))
+        notebook["metadata"]["leantrain"] = {"complete": False, "cause": cause}
+        paths.write_atomically(partial, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,397 @@
+"""The Sphinx extension that puts the catalogue and the records into the book's pages.
+
+Directives: `{scoreboard}` (every claim, its paper's value, what was found), `{tally}` (how many claims have
+which verdict) and `{paper-list}` (the papers of one part). Roles: ``{result}`claim-id` `` prints the published
+value of a claim with its interval, ``{verdict}`claim-id` `` its badge, so that no number is typed into prose;
+``claim-id/name`` asks for a named quantity. The page of a stale chapter opens with what changed since its run.
+An unknown claim, quantity or part is a Sphinx warning, which fails the book's build.
+
+The extension also brings MathJax along, so that formulas show without a network.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import posixpath
+import re
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx import addnodes
+from sphinx.errors import ExtensionError
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+from leantrain import paths
+from leantrain.book import (
+    Result,
+    ScoreRow,
+    changes_since,
+    paper_value,
+    primary_quantity,
+    scoreboard_rows,
+    tally,
+)
+from leantrain.catalog import Catalog, CatalogError, Claim, Decision, Paper, Part, Verdict, load_catalog
+from leantrain.chapter import badge, format_quantity
+from leantrain.records import Record, published_records
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
+    from sphinx.util.typing import ExtensionMetadata
+    from sphinx.writers.html5 import HTML5Translator
+
+__all__ = ["setup"]
+
+_LOG = logging.getLogger(__name__)
+
+#: One file with all that formulas need: no fonts, which browsers may refuse to load from a local folder.
+_MATHJAX = ("static", "mathjax", "tex-svg.js")
+
+
+class _Book:
+    """Catalogue and records, read once a build."""
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        return load_catalog()
+
+    @cached_property
+    def published(self) -> dict[str, Record]:
+        return published_records(self.catalog)
+
+    @cached_property
+    def rows(self) -> list[ScoreRow]:
+        return scoreboard_rows(self.catalog, self.published, published_records(self.catalog, "quick"))
+
+    def claim(self, claim_id: str) -> tuple[Paper, Claim]:
+        """The claim with this id, and its paper.
+
+        Raises:
+            CatalogError: If there is none.
+        """
+        paper = self.catalog.paper(claim_id.partition(".")[0])
+        return paper, paper.claim(claim_id)
+
+    def row(self, claim: Claim) -> ScoreRow:
+        """The claim's row on the scoreboard."""
+        return next(row for row in self.rows if row.claim.id == claim.id)
+
+
+def _book(env: BuildEnvironment) -> _Book:
+    """The book's data; notes that the page depends on them."""
+    env.note_dependency(str(paths.CATALOG))
+    return env.app.leantrain  # type: ignore[attr-defined, no-any-return]
+
+
+def _chapter(paper: Paper) -> str:
+    """Document name of a paper's chapter, seen from the source folder."""
+    return f"book/chapters/{paper.slug}"
+
+
+# ---------------------------------------------------------------- markup
+
+
+class BookHtml(nodes.General, nodes.Element):  # type: ignore[misc]
+    """Ready markup; `doc:NAME` as a link's target becomes the address of the document NAME."""
+
+
+def _visit_book_html(self: HTML5Translator, node: BookHtml) -> None:
+    here = self.builder.current_docname
+
+    def address(match: re.Match[str]) -> str:
+        return f'href="{html.escape(self.builder.get_relative_uri(here, match[1]))}"'
+
+    self.body.append(re.sub(r'href="doc:([^"]+)"', address, node["markup"]))
+    raise nodes.SkipNode
+
+
+def _visit_elsewhere(self: nodes.NodeVisitor, node: BookHtml) -> None:
+    """Only HTML has the scoreboard."""
+    raise nodes.SkipNode
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _freshness_html(changes: tuple[str, ...] | list[str]) -> str:
+    if not changes:
+        return "<span class='lt-fresh'>fresh</span>"
+    return f"<span class='lt-stale'><span aria-hidden='true'>⚠</span> stale: {html.escape(', '.join(changes))}</span>"
+
+
+def _run_html(result: Result, label: str) -> str:
+    """Where, when and for how long a run was made."""
+    e, p = html.escape, result.record.provenance
+    machine = f"{p.processor}, {p.cores} cores, {p.threads} thread{'' if p.threads == 1 else 's'}"
+    facts = [
+        f"profile <code>{e(result.record.profile)}</code>",
+        e(machine + (f", {p.accelerator}" if p.accelerator else "")),
+        _minutes(p.wall_s),
+        e(p.started) + (", tree with local changes" if p.modified else ""),
+        _freshness_html(result.changes),
+    ]
+    return f"<span class='lt-run'><b>{label}:</b> {' · '.join(facts)}</span>"
+
+
+def _found_html(result: Result | None, claim: Claim, missing: str) -> str:
+    if result is None:
+        return f"<span class='lt-muted'>{missing}</span>"
+    if result.quantity is None:
+        return f"<span class='lt-muted'>{html.escape(result.reason)}</span>"
+    return f"<span class='lt-value'>{html.escape(format_quantity(result.quantity, claim.unit))}</span>"
+
+
+_TESTED = {"exact": "counted at full size", "full-size": "measured at full size", "scaled": "scaled down"}
+
+
+def _claim_html(row: ScoreRow, with_local: bool) -> str:
+    e, claim = html.escape, row.claim
+    value = e(paper_value(claim))
+    if claim.paper is not None and not row.verified:
+        value += " <span class='lt-unverified'>unverified</span>"
+    cells = [
+        ("The paper", value),
+        ("This book", _found_html(row.published, claim, "no chapter yet")),
+        ("Verdict", badge(row.decision)),
+    ]
+    if with_local:
+        found = _found_html(row.local, claim, "not run")
+        measured = row.local is not None and row.local.quantity is not None
+        cells.append(("This machine", found + (f" {badge(row.local.decision)}" if row.local and measured else "")))
+    body = "".join(f"<td data-label='{label}'><div>{content}</div></td>" for label, content in cells)
+    head = f"{e(claim.sentence)} <small>{e(claim.metric)}; {_TESTED[claim.tested]}</small>"
+    return f"<tr class='lt-claim'><th scope='row'>{head}</th>{body}</tr>"
+
+
+def _paper_html(rows: list[ScoreRow], with_local: bool) -> str:
+    """The rows of one paper: its name and runs, then its claims; only the headlines while it is planned."""
+    e, first = html.escape, rows[0]
+    name = f"{e(first.paper.short)}"
+    if first.paper.built:
+        name = f'<a href="doc:{_chapter(first.paper)}">{name}</a>'
+    lines = [f"<span class='lt-paper-name'>{name}</span> <span class='lt-paper-title'>{e(first.paper.title)}</span>"]
+    if first.published:
+        lines.append(_run_html(first.published, "This book"))
+    if first.local:
+        lines.append(_run_html(first.local, "This machine"))
+    shown = rows if first.paper.built else [row for row in rows if row.claim.headline]
+    span = 5 if with_local else 4
+    head = f"<tr class='lt-paper'><th scope='rowgroup' colspan='{span}'>{''.join(lines)}</th></tr>"
+    return (
+        f"<tbody id='score-{first.paper.slug}'>{head}{''.join(_claim_html(row, with_local) for row in shown)}</tbody>"
+    )
+
+
+def scoreboard_html(part: Part, rows: list[ScoreRow], with_local: bool) -> str:
+    """One part's table of the scoreboard."""
+    columns = ["Claim", "The paper", "This book", "Verdict", *(["This machine"] if with_local else [])]
+    head = "".join(f"<th scope='col'>{column}</th>" for column in columns)
+    papers = dict.fromkeys(row.paper.slug for row in rows)
+    bodies = [_paper_html([row for row in rows if row.paper.slug == slug], with_local) for slug in papers]
+    caption = f"<caption>{html.escape(part.title)}: what the papers claim and what was found</caption>"
+    return f"<table class='lt-scoreboard'>{caption}<thead><tr>{head}</tr></thead>{''.join(bodies)}</table>"
+
+
+def tally_html(rows: list[ScoreRow]) -> str:
+    """How many claims have which verdict, as a list of badges."""
+    items = "".join(
+        f"<li>{badge(Decision(verdict))} <b>{count}</b></li>"
+        for verdict, count in tally(rows).items()
+        if count and verdict is not Verdict.PLANNED
+    )
+    built = {row.paper.slug for row in rows if row.published}
+    papers = {row.paper.slug for row in rows}
+    claims = sum(row.paper.slug in built for row in rows)
+    text = f"{len(built)} of {len(papers)} papers have a chapter; together they test {claims} claims."
+    return f"<div class='lt-tally'><p>{text}</p><ul>{items}</ul></div>" if items else f"<p>{text}</p>"
+
+
+# ---------------------------------------------------------------- directives and roles
+
+
+class ScoreboardDirective(SphinxDirective):
+    """`{scoreboard}`: a section for each part of the book, with its table."""
+
+    def run(self) -> list[nodes.Node]:
+        book = _book(self.env)
+        # A machine's own results are news only beside published ones or on the machine that made them.
+        with_local = any(row.local for row in book.rows)
+        sections: list[nodes.Node] = []
+        for part in book.catalog.parts:
+            rows = [row for row in book.rows if row.part.slug == part.slug]
+            if not rows:
+                continue
+            section = nodes.section(ids=[f"scoreboard-{part.slug}"], names=[f"scoreboard-{part.slug}"])
+            section += nodes.title("", part.title)
+            section += BookHtml(markup=scoreboard_html(part, rows, with_local))
+            sections.append(section)
+        return sections
+
+
+class TallyDirective(SphinxDirective):
+    """`{tally}`: how many claims have which verdict."""
+
+    def run(self) -> list[nodes.Node]:
+        return [BookHtml(markup=tally_html(_book(self.env).rows))]
+
+
+class PaperListDirective(SphinxDirective):
+    """`{paper-list}`: the papers of the part named by the option `part`, with idea and status."""
+
+    option_spec = {"part": directives.unchanged_required}  # noqa: RUF012 - docutils reads a plain dictionary
+
+    def run(self) -> list[nodes.Node]:
+        book = _book(self.env)
+        slug = self.options.get("part", "")
+        if slug not in {part.slug for part in book.catalog.parts}:
+            known = ", ".join(part.slug for part in book.catalog.parts)
+            _LOG.warning("paper-list: no part %r; the parts are %s", slug, known, location=self.get_location())
+            return []
+        items = [self._item(book, paper) for paper in book.catalog.papers if paper.part == slug]
+        return [nodes.definition_list("", *items, classes=["lt-papers"])]
+
+    def _item(self, book: _Book, paper: Paper) -> nodes.definition_list_item:
+        name: nodes.Node = nodes.strong("", paper.short)
+        if paper.built:
+            name = addnodes.pending_xref(
+                "",
+                name,
+                refdomain="std",
+                reftype="doc",
+                reftarget=f"/{_chapter(paper)}",
+                refexplicit=True,
+                refwarn=True,
+            )
+            name["refdoc"] = self.env.docname  # type: ignore[index]
+        headlines = [book.row(claim).decision for claim in paper.claims if claim.headline]
+        badges = "".join(badge(decision) for decision in dict.fromkeys(headlines))
+        term = nodes.term("", "", name, nodes.Text(f" ({paper.year}) "), nodes.raw("", badges, format="html"))
+        title = nodes.paragraph("", "", nodes.emphasis("", paper.title))
+        return nodes.definition_list_item("", term, nodes.definition("", title, nodes.paragraph("", paper.idea)))
+
+
+class _ClaimRole(SphinxRole):
+    def _find(self) -> tuple[Claim, str] | None:
+        """The claim and the quantity that the text names, or None after a warning."""
+        claim_id, _, quantity = self.text.partition("/")
+        book = _book(self.env)
+        try:
+            _, claim = book.claim(claim_id)
+        except CatalogError as error:
+            _LOG.warning("%s role: %s", self.name, error, location=self.get_location())
+            return None
+        if quantity and quantity not in claim.rule.quantities:
+            known = ", ".join(sorted(claim.rule.quantities))
+            problem = f"claim {claim_id} has no quantity {quantity!r}; it has {known}"
+            _LOG.warning("%s role: %s", self.name, problem, location=self.get_location())
+            return None
+        return claim, quantity or primary_quantity(claim)
+
+
+class ResultRole(_ClaimRole):
+    """``{result}`claim-id` `` or ``{result}`claim-id/quantity` ``: the published value with its interval."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        found = self._find()
+        if found is None:
+            return [nodes.problematic("", self.text)], []
+        claim, name = found
+        published = _book(self.env).row(claim).published
+        measured = published.record.measurements.get(claim.id, {}) if published else {}
+        text = format_quantity(measured[name], claim.unit) if name in measured else "not measured here"
+        return [nodes.inline("", text, classes=["lt-value"])], []
+
+
+class VerdictRole(_ClaimRole):
+    """``{verdict}`claim-id` ``: the badge of the published verdict."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        found = self._find()
+        if found is None:
+            return [nodes.problematic("", self.text)], []
+        decision = _book(self.env).row(found[0]).decision
+        return [nodes.raw("", badge(decision), format="html")], []
+
+
+# ---------------------------------------------------------------- events
+
+
+def _read_data(app: Sphinx) -> None:
+    app.leantrain = _Book()  # type: ignore[attr-defined]
+
+
+def _live_pages(app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
+    """Pages whose text depends on records or on their freshness: they are read at every build."""
+    catalog = str(paths.CATALOG)
+    chapters = {_chapter(paper) for paper in app.leantrain.catalog.built()}  # type: ignore[attr-defined]
+    live = {name for name, files in env.dependencies.items() if catalog in map(str, files)} | chapters
+    return sorted(live & set(env.found_docs))
+
+
+def _mark_stale(app: Sphinx, doctree: nodes.document) -> None:
+    """Open the page of a stale chapter with what changed since it was run."""
+    book: _Book = app.leantrain  # type: ignore[attr-defined]
+    folder, slug = posixpath.split(app.env.docname)
+    if folder != "book/chapters" or slug not in book.published:
+        return
+    changes = changes_since(book.published[slug], book.catalog.paper(slug))
+    if not changes:
+        return
+    text = (
+        "Since this chapter was run, something that it depends on has changed. "
+        "Its numbers are those of the older version until it is run again. What changed:"
+    )
+    listed = nodes.bullet_list("", *(nodes.list_item("", nodes.paragraph("", change)) for change in changes))
+    banner = nodes.admonition("", nodes.title("", "Stale results"), nodes.paragraph("", text), listed)
+    banner["classes"] += ["warning", "lt-stale-banner"]
+    section = next(iter(doctree.findall(nodes.section)), None)
+    if section is None:
+        doctree.insert(0, banner)
+    else:
+        section.insert(section.first_child_matching_class(nodes.title) + 1, banner)
+
+
+def _mathjax_file() -> Path:
+    spec = importlib.util.find_spec("sphinx-mathjax-offline")
+    if spec is None or spec.origin is None:
+        raise ExtensionError(
+            "the package sphinx-mathjax-offline is missing; install the environment of requirements.lock"
+        )
+    return Path(spec.origin).parent.joinpath(*_MATHJAX)
+
+
+def _bring_mathjax(app: Sphinx) -> None:
+    target = Path(app.outdir, "_static", "mathjax", _MATHJAX[-1])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_mathjax_file(), target)
+
+
+def setup(app: Sphinx) -> ExtensionMetadata:
+    """Register the extension with Sphinx."""
+    app.config.mathjax_path = "/".join(["mathjax", _MATHJAX[-1]])  # type: ignore[attr-defined]
+    app.add_node(
+        BookHtml,
+        html=(_visit_book_html, None),
+        latex=(_visit_elsewhere, None),
+        text=(_visit_elsewhere, None),
+        man=(_visit_elsewhere, None),
+        texinfo=(_visit_elsewhere, None),
+    )
+    app.add_directive("scoreboard", ScoreboardDirective)
+    app.add_directive("tally", TallyDirective)
+    app.add_directive("paper-list", PaperListDirective)
+    app.add_role("result", ResultRole())
+    app.add_role("verdict", VerdictRole())
+    app.connect("builder-inited", _read_data)
+    app.connect("builder-inited", _bring_mathjax)
+    app.connect("env-get-outdated", _live_pages)
+    app.connect("doctree-read", _mark_stale)
+    return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}

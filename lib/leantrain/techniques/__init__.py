@@ -1,0 +1,1 @@
+"""One file a paper: techniques in plain PyTorch and Lightning."""

@@ -1,0 +1,103 @@
+"""Runs one notebook in a process of its own: `python -m leantrain.worker SPEC`, started by the runner.
+
+Reports one JSON object a line on standard output. Ends when its standard input closes, so that no run outlives
+the runner, however that one died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from typing import Any, NoReturn
+
+__all__ = ["main"]
+
+
+def _report(event: str, **fields: object) -> None:
+    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
+    sys.stdout.flush()
+
+
+def _end_with_parent() -> None:
+    # The raw descriptor: a thread that holds the buffered reader's lock would abort the interpreter at its end.
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    # An exception rather than an exit: nbclient shuts the kernel down on the way out.
+    raise SystemExit(128 + signum)
+
+
+def _register_engine() -> None:
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class ReportingEngine(NBClientEngine):
+        """nbclient's engine, telling the runner which cell is running."""
+
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
+            started = nb_man.cell_start
+
+            def cell_start(cell: Any, cell_index: int | None = None, **rest: Any) -> None:
+                if cell.cell_type == "code":
+                    _report("cell", index=cell_index, total=len(nb_man.nb.cells))
+                started(cell, cell_index, **rest)
+
+            nb_man.cell_start = cell_start
+            return super().execute_managed_notebook(nb_man, kernel_name, **options)
+
+    papermill_engines.register("leantrain", ReportingEngine)
+
+
+def main() -> int:
+    """Run the notebook that the specification names; 0 when papermill is content, 1 after a failure it reported."""
+    spec = json.loads(sys.argv[1])
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    import papermill
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    try:
+        KernelSpecManager().get_kernel_spec(spec["kernel"])
+        _register_engine()
+        papermill.execute_notebook(
+            spec["source"],
+            spec["output"],
+            parameters=spec["parameters"],
+            engine_name="leantrain",
+            kernel_name=spec["kernel"],
+            cwd=spec["cwd"],
+            progress_bar=False,
+            log_output=False,
+            start_timeout=180,
+            execution_timeout=spec["cell_timeout"],
+        )
+    except papermill.PapermillExecutionError as error:
+        _report("failed", cause=f"{error.ename}: {error.evalue}", cell=error.cell_index)
+    except DeadKernelError:
+        _report("failed", cause="the kernel died (out of memory, or killed)")
+    except CellTimeoutError:
+        _report("failed", cause=f"a cell ran longer than the limit of {spec['cell_timeout']} s")
+    except NoSuchKernel as error:
+        _report("failed", cause=f"no Jupyter kernel is named {error.name!r}; `make env` installs the project's own")
+    except OSError as error:
+        _report("failed", cause=f"cannot write the notebook: {error.strerror or error}")
+    else:
+        _report("executed")
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
