@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 
-from leantrain import paths
+from leantrain import paths, records
+from leantrain.catalog import load_catalog
 
 PAPERS = """
 parts:
@@ -114,6 +116,14 @@ class House:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    @property
+    def chapter(self) -> Path:
+        return self.root / "book" / "chapters" / "toy.ipynb"
+
+    @property
+    def partial(self) -> Path:
+        return self.root / "_build" / "partial" / "book" / "toy.ipynb"
+
     def write_notebook(self, *cells: str, **options: Any) -> Path:
         path = self.root / "notebooks" / "toy.ipynb"
         nbformat.write(notebook(*cells, **options), path)
@@ -145,3 +155,47 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     made = House(root)
     made.write_notebook()
     return made
+
+
+@pytest.fixture
+def executed(house: House) -> House:
+    """The small project with a complete book chapter, made without a kernel."""
+    record = {
+        "version": 1,
+        "slug": "toy",
+        "profile": "book",
+        "parameters": {"profile": "book", "seeds": [0, 1, 2], "answer": 42.0, "dry_run": False},
+        "measurements": {
+            "toy.answer": {
+                "main": {"value": 42.0, "low": 42.0, "high": 42.0, "n": 1, "level": 0.95, "method": "exact"}
+            },
+            "toy.large": {"main": {"value": 2.0, "low": 1.8, "high": 2.2, "n": 3, "level": 0.95, "method": "t"}},
+        },
+        "fingerprint": records.fingerprint(load_catalog().paper("toy")).model_dump(),
+        "provenance": {
+            "commit": "0" * 40,
+            "modified": False,
+            "started": "2026-01-02 03:04 UTC",
+            "wall_s": 61.5,
+            "processor": "A processor",
+            "cores": 2,
+            "threads": 2,
+            "memory_gib": 24.0,
+            "accelerator": None,
+            "python": "3.11.7",
+            "system": "Linux x86_64",
+            "packages": {"torch": "2.14.1"},
+            "data": {},
+            "runs": 6,
+            "runs_from_cache": 0,
+        },
+    }
+    book = json.loads(nbformat.writes(nbformat.read(house.root / "notebooks" / "toy.ipynb", as_version=4)))
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    for count, cell in enumerate(code, start=1):
+        cell["execution_count"] = count
+    output = {"output_type": "display_data", "metadata": {}, "data": {"text/plain": "table", records.MIME: record}}
+    code[-2]["outputs"] = [output]
+    records.finish(book)
+    paths.write_atomically(house.chapter, json.dumps(book))
+    return house

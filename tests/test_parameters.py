@@ -116,7 +116,9 @@ def test_any_text_is_a_valid_value_or_a_clear_refusal(text):
             assert parameter.check(value) == value
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), st.lists, max_leaves=5))
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), st.lists, max_leaves=5)
+)
 def test_any_yaml_value_is_valid_or_a_clear_refusal(value):
     for parameter in KNOWN.values():
         try:

@@ -223,6 +223,7 @@ _FORBIDDEN_TAGS = {
     "meta": "a meta element",
     "base": "a base address",
     "form": "a form",
+    "progress": "a progress bar left behind",
 }
 _REMOTE = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 _LOADING = {"src", "srcset", "poster", "background", "data"}

@@ -249,8 +249,7 @@ def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) ->
         if event["event"] == "cell":
             report(job.paper.slug, "cell", {"index": event["index"] + 1, "total": event["total"]})
         elif event["event"] == "failed":
-            place = f"cell {event['cell'] + 1}: " if event.get("cell") is not None else ""
-            cause = place + event["cause"]
+            cause = event["cause"]
     code = process.wait()
     drain.join(5)
     if stop.is_set():

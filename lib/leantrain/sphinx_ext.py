@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import json
 import posixpath
 import re
 import shutil
@@ -39,10 +40,11 @@ from leantrain.book import (
 )
 from leantrain.catalog import Catalog, CatalogError, Claim, Decision, Paper, Part, Verdict, load_catalog
 from leantrain.chapter import badge, format_quantity
-from leantrain.records import Record, published_records
+from leantrain.records import MIME, Record, published_records
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
+    from sphinx.config import Config
     from sphinx.environment import BuildEnvironment
     from sphinx.util.typing import ExtensionMetadata
     from sphinx.writers.html5 import HTML5Translator
@@ -166,9 +168,9 @@ def _claim_html(row: ScoreRow, with_local: bool) -> str:
         found = _found_html(row.local, claim, "not run")
         measured = row.local is not None and row.local.quantity is not None
         cells.append(("This machine", found + (f" {badge(row.local.decision)}" if row.local and measured else "")))
-    body = "".join(f"<td data-label='{label}'><div>{content}</div></td>" for label, content in cells)
+    body = "".join(f"<td role='cell' data-label='{label}'><div>{content}</div></td>" for label, content in cells)
     head = f"{e(claim.sentence)} <small>{e(claim.metric)}; {_TESTED[claim.tested]}</small>"
-    return f"<tr class='lt-claim'><th scope='row'>{head}</th>{body}</tr>"
+    return f"<tr class='lt-claim' role='row'><th scope='row' role='rowheader'>{head}</th>{body}</tr>"
 
 
 def _paper_html(rows: list[ScoreRow], with_local: bool) -> str:
@@ -184,20 +186,22 @@ def _paper_html(rows: list[ScoreRow], with_local: bool) -> str:
         lines.append(_run_html(first.local, "This machine"))
     shown = rows if first.paper.built else [row for row in rows if row.claim.headline]
     span = 5 if with_local else 4
-    head = f"<tr class='lt-paper'><th scope='rowgroup' colspan='{span}'>{''.join(lines)}</th></tr>"
-    return (
-        f"<tbody id='score-{first.paper.slug}'>{head}{''.join(_claim_html(row, with_local) for row in shown)}</tbody>"
-    )
+    head = f"<tr class='lt-paper' role='row'><th scope='rowgroup' role='rowheader' colspan='{span}'>{''.join(lines)}</th></tr>"
+    return f"<tbody id='score-{first.paper.slug}' role='rowgroup'>{head}{''.join(_claim_html(row, with_local) for row in shown)}</tbody>"
 
 
 def scoreboard_html(part: Part, rows: list[ScoreRow], with_local: bool) -> str:
     """One part's table of the scoreboard."""
     columns = ["Claim", "The paper", "This book", "Verdict", *(["This machine"] if with_local else [])]
-    head = "".join(f"<th scope='col'>{column}</th>" for column in columns)
+    head = "".join(f"<th scope='col' role='columnheader'>{column}</th>" for column in columns)
     papers = dict.fromkeys(row.paper.slug for row in rows)
     bodies = [_paper_html([row for row in rows if row.paper.slug == slug], with_local) for slug in papers]
     caption = f"<caption>{html.escape(part.title)}: what the papers claim and what was found</caption>"
-    return f"<table class='lt-scoreboard'>{caption}<thead><tr>{head}</tr></thead>{''.join(bodies)}</table>"
+    # The roles keep it a table for screen readers where a phone's style lays the cells out as cards.
+    return (
+        f"<table class='lt-scoreboard' role='table'>{caption}"
+        f"<thead role='rowgroup'><tr role='row'>{head}</tr></thead>{''.join(bodies)}</table>"
+    )
 
 
 def tally_html(rows: list[ScoreRow]) -> str:
@@ -336,6 +340,21 @@ def _live_pages(app: Sphinx, env: BuildEnvironment, added: set[str], changed: se
     return sorted(live & set(env.found_docs))
 
 
+def _leave_out_record(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Take the record out of a chapter's outputs as the page is read.
+
+    It is data for the scoreboard, and a type of output that MyST-NB cannot show and would warn of. The file itself,
+    which readers may download, keeps it.
+    """
+    if posixpath.dirname(docname) != "book/chapters":
+        return
+    notebook = json.loads(source[0])
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", ()):
+            output.get("data", {}).pop(MIME, None)
+    source[0] = json.dumps(notebook)
+
+
 def _mark_stale(app: Sphinx, doctree: nodes.document) -> None:
     """Open the page of a stale chapter with what changed since it was run."""
     book: _Book = app.leantrain  # type: ignore[attr-defined]
@@ -368,6 +387,10 @@ def _mathjax_file() -> Path:
     return Path(spec.origin).parent.joinpath(*_MATHJAX)
 
 
+def _use_own_mathjax(app: Sphinx, config: Config) -> None:
+    config.mathjax_path = f"mathjax/{_MATHJAX[-1]}"
+
+
 def _bring_mathjax(app: Sphinx) -> None:
     target = Path(app.outdir, "_static", "mathjax", _MATHJAX[-1])
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -376,7 +399,6 @@ def _bring_mathjax(app: Sphinx) -> None:
 
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the extension with Sphinx."""
-    app.config.mathjax_path = "/".join(["mathjax", _MATHJAX[-1]])  # type: ignore[attr-defined]
     app.add_node(
         BookHtml,
         html=(_visit_book_html, None),
@@ -390,8 +412,10 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.add_directive("paper-list", PaperListDirective)
     app.add_role("result", ResultRole())
     app.add_role("verdict", VerdictRole())
+    app.connect("config-inited", _use_own_mathjax)
     app.connect("builder-inited", _read_data)
     app.connect("builder-inited", _bring_mathjax)
     app.connect("env-get-outdated", _live_pages)
+    app.connect("source-read", _leave_out_record)
     app.connect("doctree-read", _mark_stale)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}

@@ -84,7 +84,8 @@ def main() -> int:
             execution_timeout=spec["cell_timeout"],
         )
     except papermill.PapermillExecutionError as error:
-        _report("failed", cause=f"{error.ename}: {error.evalue}", cell=error.cell_index)
+        line = next((line for line in error.source.splitlines() if line.strip()), "")
+        _report("failed", cause=f"{error.ename}: {error.evalue} (in the cell that begins {line[:60]!r})")
     except DeadKernelError:
         _report("failed", cause="the kernel died (out of memory, or killed)")
     except CellTimeoutError:

@@ -10,9 +10,8 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
-
 from leantrain.measure.statistics import Estimate, mean_interval, median_interval, paired_difference
+from scipy import stats
 
 FINITE = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -171,7 +170,7 @@ def test_statistics_are_available_without_torch():
 
 
 def test_the_package_gives_every_name_that_it_lists():
-    import leantrain.measure as measure
+    from leantrain import measure
 
     for name in measure.__all__:
         assert getattr(measure, name).__name__ == name

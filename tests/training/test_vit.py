@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from leantrain.training.vit import small_vit
 
 SIZES = {

@@ -20,8 +20,12 @@ _PIXELS = 3 * 32 * 32
 # What a batch needs to name: the three that rebuild a NumPy array.
 _NAMES = frozenset({"numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"})
 _OPCODES = frozenset(
-    "PROTO EMPTY_DICT EMPTY_LIST BINPUT LONG_BINPUT MARK SHORT_BINSTRING BINSTRING BININT BININT1 BININT2 GLOBAL "
-    "TUPLE TUPLE1 TUPLE2 TUPLE3 REDUCE BUILD APPENDS SETITEMS NONE NEWFALSE BINGET LONG_BINGET STOP".split()
+    {
+        *("PROTO", "STOP", "MARK", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+        *("EMPTY_DICT", "SETITEMS", "EMPTY_LIST", "APPENDS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+        *("BININT", "BININT1", "BININT2", "SHORT_BINSTRING", "BINSTRING", "NONE", "NEWFALSE"),
+        *("GLOBAL", "REDUCE", "BUILD"),
+    }
 )
 _KEYS = frozenset({"batch_label", "labels", "data", "filenames"})
 
@@ -39,8 +43,9 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         CorruptData: If the file is no such batch, or a pickle that would do more than build one.
     """
     key, labels, pixels = "", [], b""
+    content = path.read_bytes()
     try:
-        for opcode, argument, _ in pickletools.genops(path.read_bytes()):
+        for opcode, argument, _ in pickletools.genops(content):
             if opcode.name not in _OPCODES or (opcode.name == "GLOBAL" and argument not in _NAMES):
                 what = f"{opcode.name} {argument}" if argument is not None else opcode.name
                 raise CorruptData(f"{path.name}: not a CIFAR-10 batch; its pickle holds {what!r:.100}: refused")
@@ -48,7 +53,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
                 key = argument
             elif key == "labels" and opcode.name == "BININT1":
                 labels.append(argument)
-            elif key == "data" and opcode.name == "BINSTRING":
+            elif key == "data" and opcode.name == "BINSTRING" and isinstance(argument, str):
                 pixels = argument.encode("latin-1")
     except ValueError as error:
         raise CorruptData(f"{path.name}: not a readable CIFAR-10 batch ({error})") from error

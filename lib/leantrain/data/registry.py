@@ -256,7 +256,8 @@ _ALL = (
         home="https://github.com/pytorch/examples/tree/main/word_language_model",
         terms="Creative Commons Attribution-ShareAlike.",
         citation=(
-            "S. Merity, C. Xiong, J. Bradbury, R. Socher, Pointer Sentinel Mixture Models, ICLR 2017 (arXiv:1609.07843)."
+            "S. Merity, C. Xiong, J. Bradbury, R. Socher, Pointer Sentinel Mixture Models, ICLR 2017 "
+            "(arXiv:1609.07843)."
         ),
         files={f"wikitext-2/wiki.{split}.tokens": file for split, file in _WIKITEXT2.items()},
         sources=tuple(

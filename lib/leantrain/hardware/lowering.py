@@ -299,7 +299,7 @@ def streams(
     blocks = _blocks_last(mask, layer.groups, lanes)
     for number, phase in enumerate(phases(layer, product)):
         count, steps = len(phase.positions), len(phase.taps) * blocks.shape[-1]
-        positions = max(rows, min(count, chunk_steps // steps) // rows * rows)
+        positions = count if count * steps <= chunk_steps else max(rows, chunk_steps // steps // rows * rows)
         images = max(1, chunk_steps // (steps * min(positions, count)))
         for first in range(0, count, positions):
             source = phase.source[first : first + positions]
@@ -323,8 +323,9 @@ def _position_streams(
         source = phases(layer, "wgrad")[0].source.T  # (T, P)
         taps = len(source)
     steps = -(-layer.out_size[0] * layer.out_size[1] // lanes)
-    # A chunk of whole tile groups: `channels * taps` must be a multiple of the rows, so take a multiple of the rows.
-    at_once = max(rows, min(per_group, chunk_steps // (steps * taps)) // rows * rows)
+    # Unless all channels fit, a chunk holds a multiple of the rows, so that no tile group is cut in two.
+    fits = per_group * taps * steps <= chunk_steps
+    at_once = per_group if fits else max(rows, chunk_steps // (steps * taps) // rows * rows)
     batches = max(1, chunk_steps // (steps * taps * min(at_once, per_group)))
     for first in range(0, per_group, at_once):
         for image in range(0, len(values), batches):

@@ -84,7 +84,8 @@ class ImageClassifier(L.LightningModule):
         self.label_smoothing = label_smoothing
         self.decay_1d = decay_1d
         self.channels_last = channels_last
-        # "disable" lets a NaN through to the result; the default would leave it out of the mean.
+        # "disable" lets a NaN through to the mean; the default would leave it out. It also ignores weights
+        # (torchmetrics 1.9), so these means are fed one loss per sample, not batch means with weights.
         self._train_loss = MeanMetric(nan_strategy="disable")
         self._val_loss = MeanMetric(nan_strategy="disable")
         # The loss has already checked the targets' range.
@@ -120,15 +121,14 @@ class ImageClassifier(L.LightningModule):
             ValueError: If the model's output is not ``(B, num_classes)``.
         """
         x, y = batch
-        loss = F.cross_entropy(self._logits(x), y, label_smoothing=self.label_smoothing)
+        losses = F.cross_entropy(self._logits(x), y, label_smoothing=self.label_smoothing, reduction="none")
+        loss = losses.mean()
         if not torch.isfinite(loss):
             raise Diverged(self.global_step, loss.item())
-        self._train_loss.update(loss.detach(), weight=len(y))
+        self._train_loss.update(losses.detach())
+        # Logged here, not when the epoch ends: callbacks look at an epoch's metrics before this module's own hook.
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(y))
         return loss
-
-    def on_train_epoch_end(self) -> None:
-        """Log the epoch's training loss."""
-        self.log("train_loss", self._train_loss.compute())
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count one batch's hits and add up its loss.
@@ -142,7 +142,7 @@ class ImageClassifier(L.LightningModule):
         """
         x, y = batch
         logits = self._logits(x)
-        self._val_loss.update(F.cross_entropy(logits, y), weight=len(y))
+        self._val_loss.update(F.cross_entropy(logits, y, reduction="none"))
         self._val_accuracy.update(logits, y)
 
     def on_validation_epoch_end(self) -> None:

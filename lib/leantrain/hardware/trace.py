@@ -1,0 +1,292 @@
+"""Traces: which operands of a network in training are zero.
+
+`capture` watches the convolutions and linear layers of any PyTorch model during one forward and one backward pass and
+keeps the zero masks of their inputs, weights and output gradients, packed to one bit a value (and the values, if asked).
+`TraceCallback` does so within a Lightning training run. A trace is saved as one safetensors file and a JSON manifest.
+
+The masks are taken the moment a tensor passes, so nothing that overwrites it later can change them; the gradient comes
+from a hook on the layer's output tensor, which autograd calls before any in-place ReLU behind the layer has had its say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from leantrain.hardware.lowering import Operand
+from leantrain.hardware.workloads import Layer, layer_of
+from leantrain.paths import write_atomically
+
+__all__ = ["LayerTrace", "Packed", "Precision", "Trace", "TraceCallback", "capture", "random_trace"]
+
+Precision = Literal["float32", "bfloat16"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_OPERANDS: tuple[Operand, ...] = ("input", "weight", "grad_output")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The zero mask of a tensor, eight values in a byte.
+
+    Attributes:
+        shape: Shape of the tensor.
+        bits: Flat bits, True where the value is not zero, the lowest bit of a byte first.
+        nonzero: Number of values that are not zero.
+    """
+
+    shape: tuple[int, ...]
+    bits: NDArray[np.uint8]
+    nonzero: int
+
+    @classmethod
+    def of(cls, mask: NDArray[np.bool_]) -> Packed:
+        """Pack a boolean array, True where the value is not zero."""
+        return cls(tuple(mask.shape), np.packbits(mask, bitorder="little"), int(np.count_nonzero(mask)))
+
+    def mask(self) -> NDArray[np.bool_]:
+        """The boolean array again."""
+        size = int(np.prod(self.shape))
+        return np.unpackbits(self.bits, count=size, bitorder="little").view(np.bool_).reshape(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return int(np.prod(self.shape))
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, 0 to 1."""
+        return 1.0 - self.nonzero / self.size
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """The operands of one layer.
+
+    Attributes:
+        layer: The layer's geometry.
+        masks: Zero masks of "input" (N, C, H, W), "weight" (K, C / groups, kh, kw) and "grad_output" (N, K, OH, OW);
+            (N, C), (K, C) and (N, K) for a linear layer.
+        values: The same tensors as float32 arrays, if they were kept.
+    """
+
+    layer: Layer
+    masks: Mapping[Operand, Packed]
+    values: Mapping[Operand, NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """Images, or samples of a linear layer."""
+        return self.masks["input"].shape[0]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The operands of the layers of a network in one training step.
+
+    Attributes:
+        layers: One entry a layer, in the order of execution.
+        precision: The number format to which values were rounded before zeros were counted.
+        notes: Where the trace comes from: network, epoch, seed, ...
+    """
+
+    layers: tuple[LayerTrace, ...]
+    precision: Precision
+    notes: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the masks and the values."""
+        return sum(
+            sum(mask.bits.nbytes for mask in entry.masks.values()) + sum(v.nbytes for v in entry.values.values())
+            for entry in self.layers
+        )
+
+    def save(self, path: Path) -> None:
+        """Write `path`.safetensors and then, as the sign that it is whole, `path`.json.
+
+        Both files are written under another name and renamed; the manifest holds the checksum of the tensors.
+        """
+        from safetensors.numpy import save
+
+        tensors = {}
+        for number, entry in enumerate(self.layers):
+            for name, mask in entry.masks.items():
+                tensors[f"{number}.{name}.mask"] = mask.bits
+            for name, values in entry.values.items():
+                tensors[f"{number}.{name}.values"] = np.ascontiguousarray(values)
+        content = save(tensors)
+        manifest = {
+            "format": _FORMAT,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "precision": self.precision,
+            "notes": dict(self.notes),
+            "layers": [
+                {
+                    "layer": asdict(entry.layer),
+                    "masks": {name: {"shape": m.shape, "nonzero": m.nonzero} for name, m in entry.masks.items()},
+                    "values": sorted(entry.values),
+                }
+                for entry in self.layers
+            ],
+        }
+        write_atomically(path.with_suffix(".safetensors"), content)
+        write_atomically(path.with_suffix(".json"), json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        """Read a trace that `save` wrote.
+
+        Raises:
+            ValueError: If the manifest is of another format, or the tensors do not match it.
+        """
+        from safetensors.numpy import load
+
+        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if manifest.get("format") != _FORMAT:
+            raise ValueError(f"{path} is a trace of format {manifest.get('format')!r}; expected {_FORMAT}: trace again")
+        content = path.with_suffix(".safetensors").read_bytes()
+        if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+            raise ValueError(f"{path} does not match the checksum in its manifest: trace again")
+        tensors = load(content)
+        layers = []
+        for number, entry in enumerate(manifest["layers"]):
+            shape_fields = ("kernel", "stride", "padding", "dilation", "in_size", "out_size")
+            layer = Layer(**{k: tuple(v) if k in shape_fields else v for k, v in entry["layer"].items()})
+            masks = {
+                name: Packed(tuple(mask["shape"]), tensors[f"{number}.{name}.mask"], mask["nonzero"])
+                for name, mask in entry["masks"].items()
+            }
+            layers.append(LayerTrace(layer, masks, {name: tensors[f"{number}.{name}.values"] for name in entry["values"]}))
+        return cls(tuple(layers), manifest["precision"], manifest["notes"])
+
+
+class _Recorder:
+    """What `capture` yields: it collects the operands and makes the trace when the pass is over."""
+
+    def __init__(self, names: Sequence[str], samples: int | None, precision: Precision, values: bool, limit: int) -> None:
+        self._names, self._samples, self._precision = names, samples, precision
+        self._values, self._limit, self._bytes = values, limit, 0
+        self._masks: dict[str, dict[Operand, Packed]] = {}
+        self._kept: dict[str, dict[Operand, NDArray[np.float32]]] = {}
+        self._layers: dict[str, Layer] = {}
+
+    def note(self, name: str, operand: Operand, tensor: Tensor) -> None:
+        tensor = tensor.detach()
+        if operand != "weight" and self._samples is not None:
+            tensor = tensor[: self._samples]
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"the {operand} of layer {name!r} holds NaN or infinity; a diverged run cannot be traced")
+        rounded = tensor.to(_DTYPES[self._precision])
+        if isinstance_linear(self._layers[name]):
+            rounded = rounded.reshape(-1, rounded.shape[-1])
+        mask = (rounded != 0).cpu().numpy()  # -0.0 compares equal to zero
+        packed = Packed.of(mask)
+        self._bytes += packed.bits.nbytes + (4 * packed.size if self._values else 0)
+        if self._bytes > self._limit:
+            raise ValueError(
+                f"the trace passes {self._limit} bytes at layer {name!r}; trace fewer samples or layers, or raise limit_bytes"
+            )
+        self._masks[name][operand] = packed
+        if self._values:
+            self._kept[name][operand] = rounded.float().cpu().numpy().copy()
+
+    def start(self, name: str, layer: Layer) -> None:
+        if name in self._layers:
+            raise ValueError(f"layer {name!r} ran twice within one capture; trace one forward and one backward pass at a time")
+        self._layers[name] = layer
+        self._masks[name] = {}
+        self._kept[name] = {}
+
+    def trace(self, notes: Mapping[str, str | int | float] | None = None) -> Trace:
+        """The trace of the pass.
+
+        Args:
+            notes: Where it comes from; kept in the manifest.
+
+        Raises:
+            ValueError: If a layer has not run, or no gradient has reached its output.
+        """
+        for name in self._names:
+            missing = [operand for operand in _OPERANDS if operand not in self._masks.get(name, {})]
+            if missing:
+                raise ValueError(
+                    f"layer {name!r} has no {' and no '.join(missing)}; run one forward and one backward pass within capture"
+                )
+        entries = tuple(LayerTrace(layer, self._masks[n], self._kept[n]) for n, layer in self._layers.items())
+        return Trace(entries, self._precision, dict(notes or {}))
+
+
+def isinstance_linear(layer: Layer) -> bool:
+    return layer.kind == "linear"
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    layers: Collection[str] | None = None,
+    *,
+    samples: int | None = None,
+    precision: Precision = "float32",
+    values: bool = False,
+    limit_bytes: int = 1 << 30,
+) -> Iterator[_Recorder]:
+    """Watch one forward and one backward pass of a model.
+
+    Use it as `with capture(model) as recorder: loss(model(x), y).backward()`, then `recorder.trace()`. The pass itself
+    is not changed; the hooks are taken off at the end, whatever happens.
+
+    Args:
+        model: The model; its `nn.Conv2d` and `nn.Linear` modules are watched.
+        layers: Names of the modules to watch; all by default.
+        samples: Keep only the first so many samples of the batch.
+        precision: Round to this format before looking for zeros.
+        values: Keep the values as well as the masks.
+        limit_bytes: Refuse to hold more.
+
+    Yields:
+        An object whose `trace()` returns the `Trace`.
+
+    Raises:
+        ValueError: If a name is unknown, a value is NaN or infinite, a layer runs twice, or the limit is passed.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    names = list(found) if layers is None else list(layers)
+    unknown = [name for name in names if name not in found]
+    if unknown or not names:
+        raise ValueError(f"layers {unknown} are no convolutions or linear layers of the model; it has {list(found)}")
+    if precision not in _DTYPES:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(_DTYPES)}")
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples is {samples}; expected at least 1")
+    recorder = _Recorder(names, samples, precision, values, limit_bytes)
+    handles = []
+    for name in names:
+
+        def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+            recorder.start(name, layer_of(name, module, args[0], output))
+            recorder.note(name, "weight", module.weight)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: recorder.note(name, "grad_output", gradient))
+
+        def watch_input(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            pass
+
+        handles.append(found[name].register_forward_hook(watch))
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
