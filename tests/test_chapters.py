@@ -125,7 +125,7 @@ def test_outputs_carry_nothing_of_a_machine_and_no_debris(paper):
 
 
 def test_no_measured_number_is_typed_in_the_prose(paper):
-    """A result in the text must come from the record (`{result}`), so a unit after a decimal is suspicious in section 7."""
+    """A result in the text comes from the record (`{result}`): no decimal with a unit stands in section 7."""
     section = ""
     for cell in cells(paper, "markdown"):
         for line in source(cell).splitlines():

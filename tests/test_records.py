@@ -125,7 +125,9 @@ def test_each_thing_a_run_depends_on_makes_it_stale_by_name(executed):
 
 def test_reached_modules_follow_imports_through_packages(house):
     files = {
-        "training/__init__.py": "from leantrain.training.vit import small_vit\nfrom leantrain.training.text import model\n",
+        "training/__init__.py": (
+            "from leantrain.training.vit import small_vit\nfrom leantrain.training.text import model\n"
+        ),
         "training/vit.py": "from leantrain.measure import cost\n",
         "training/text.py": "",
         "measure/__init__.py": "",

@@ -51,8 +51,7 @@ def test_a_complete_run_lands_with_its_record_and_is_not_repeated(house):
     seen = []
     (outcome,) = run(progress=lambda *step: seen.append(step))
     assert (outcome.status, outcome.cause) == ("done", "")
-    assert [event for _, event, _ in seen][0] == "started"
-    assert [event for _, event, _ in seen][-1] == "finished"
+    assert (seen[0][1], seen[-1][1]) == ("started", "finished")
     assert [fields["index"] for _, event, fields in seen if event == "cell"] == [2, 3, 4, 5, 6, 7]
     record = records.read_record(house.chapter)
     assert record.parameters == {"profile": "book", "seeds": [0, 1, 2], "answer": 42.0, "dry_run": False}

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -349,7 +349,8 @@ def load_catalog(path: Path | None = None) -> Catalog:
 
 def _place(raw: dict, loc: tuple[int | str, ...]) -> str:
     """Name a fault's place by slug and claim id instead of by list index."""
-    names, node = [], raw
+    names: list[str] = []
+    node: Any = raw
     for step in loc:
         try:
             node = node[step]

@@ -161,7 +161,7 @@ def _claim_html(row: ScoreRow, with_local: bool) -> str:
         value += " <span class='lt-unverified'>unverified</span>"
     cells = [
         ("The paper", value),
-        ("This book", _found_html(row.published, claim, "no chapter yet")),
+        ("This book", _found_html(row.published, claim, "no complete run")),
         ("Verdict", badge(row.decision)),
     ]
     if with_local:
@@ -174,34 +174,36 @@ def _claim_html(row: ScoreRow, with_local: bool) -> str:
 
 
 def _paper_html(rows: list[ScoreRow], with_local: bool) -> str:
-    """The rows of one paper: its name and runs, then its claims; only the headlines while it is planned."""
-    e, first = html.escape, rows[0]
-    name = f"{e(first.paper.short)}"
-    if first.paper.built:
-        name = f'<a href="doc:{_chapter(first.paper)}">{name}</a>'
-    lines = [f"<span class='lt-paper-name'>{name}</span> <span class='lt-paper-title'>{e(first.paper.title)}</span>"]
-    if first.published:
-        lines.append(_run_html(first.published, "This book"))
-    if first.local:
-        lines.append(_run_html(first.local, "This machine"))
-    shown = rows if first.paper.built else [row for row in rows if row.claim.headline]
-    span = 5 if with_local else 4
-    head = f"<tr class='lt-paper' role='row'><th scope='rowgroup' role='rowheader' colspan='{span}'>{''.join(lines)}</th></tr>"
-    return f"<tbody id='score-{first.paper.slug}' role='rowgroup'>{head}{''.join(_claim_html(row, with_local) for row in shown)}</tbody>"
+    """The rows of one paper: its name and runs, then its claims; one line while it is planned."""
+    e, paper = html.escape, rows[0].paper
+    name = e(paper.short)
+    if paper.built:
+        name = f'<a href="doc:{_chapter(paper)}">{name}</a>'
+    head = f"<span class='lt-paper-name'>{name}</span> <span class='lt-paper-title'>{e(paper.title)}</span>"
+    if not paper.built:
+        head = f"{head} {badge(Decision(Verdict.PLANNED))}"
+        rows = []
+    else:
+        runs = {"This book": rows[0].published, "This machine": rows[0].local}
+        head += "".join(_run_html(run, label) for label, run in runs.items() if run)
+    kind = "lt-paper" if paper.built else "lt-paper lt-paper--planned"
+    cell = f"<th scope='rowgroup' role='rowheader' colspan='{5 if with_local else 4}'>{head}</th>"
+    claims = "".join(_claim_html(row, with_local) for row in rows)
+    return f"<tbody id='score-{paper.slug}' role='rowgroup'><tr class='{kind}' role='row'>{cell}</tr>{claims}</tbody>"
 
 
 def scoreboard_html(part: Part, rows: list[ScoreRow], with_local: bool) -> str:
-    """One part's table of the scoreboard."""
+    """One part's table of the scoreboard: papers with a chapter, then planned ones."""
     columns = ["Claim", "The paper", "This book", "Verdict", *(["This machine"] if with_local else [])]
     head = "".join(f"<th scope='col' role='columnheader'>{column}</th>" for column in columns)
-    papers = dict.fromkeys(row.paper.slug for row in rows)
-    bodies = [_paper_html([row for row in rows if row.paper.slug == slug], with_local) for slug in papers]
+    papers = sorted({row.paper.slug: row.paper for row in rows}.values(), key=lambda paper: not paper.built)
+    bodies = "".join(_paper_html([row for row in rows if row.paper is paper], with_local) for paper in papers)
     caption = f"<caption>{html.escape(part.title)}: what the papers claim and what was found</caption>"
-    # The roles keep it a table for screen readers where a phone's style lays the cells out as cards.
-    return (
-        f"<table class='lt-scoreboard' role='table'>{caption}"
-        f"<thead role='rowgroup'><tr role='row'>{head}</tr></thead>{''.join(bodies)}</table>"
-    )
+    kind = "lt-scoreboard lt-scoreboard--local" if with_local else "lt-scoreboard"
+    # Without a chapter there is nothing below the columns' names. The roles keep it a table for screen readers
+    # where a phone's style lays the cells out as cards.
+    names = f"<thead role='rowgroup'><tr role='row'>{head}</tr></thead>" if papers and papers[0].built else ""
+    return f"<table class='{kind}' role='table'>{caption}{names}{bodies}</table>"
 
 
 def tally_html(rows: list[ScoreRow]) -> str:

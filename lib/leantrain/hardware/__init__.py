@@ -2,7 +2,7 @@
 
 The common core is read in this order:
 
-* [`workloads`][leantrain.hardware.workloads]: the layers of a network with their shapes, found by running it on the
+* `workloads`: the layers of a network with their shapes, found by running it on the
   meta device, and the small networks that the emulator chapters train;
 * `trace`: the zero masks (and values) of activations, weights and gradients of a network in training;
 * `lowering`: how the three products of a layer become streams of operands for a processing element;

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from leantrain.hardware.workloads import Layer, Product
 __all__ = [
     "SIDES",
     "Operand",
+    "Chunk",
     "Phase",
     "StreamSet",
     "Words",
@@ -90,6 +91,20 @@ class StreamSet:
     partners: int
     repeats: int
     steps: int
+
+
+class Chunk(NamedTuple):
+    """Some of the streams of a product, in the tile groups that run together.
+
+    Attributes:
+        phase: Index of their set in `stream_sets`.
+        words: Non-zero bits, (groups, rows, steps).
+        filled: Rows of each group that hold a stream, (groups,); the rest are zeros.
+    """
+
+    phase: int
+    words: Words
+    filled: NDArray[np.int64]
 
 
 def _check_side(product: Product, side: Operand) -> None:
@@ -237,15 +252,17 @@ def _blocks_last(tensor: NDArray[np.bool_], groups: int, lanes: int) -> Words:
     return padded.reshape(images * groups, (height + 1) * (width + 1), -1)
 
 
-def _grouped(words: Words, rows: int) -> Words:
+def _grouped(phase: int, words: Words, rows: int) -> Chunk:
     """(batches, streams, steps) to (tile groups, rows, steps); the last group of a batch is filled up with zeros."""
     batches, count, steps = words.shape
     groups = -(-count // rows)
     if count != groups * rows:
-        filled = np.zeros((batches, groups * rows, steps), dtype=np.uint16)
-        filled[:, :count] = words
-        words = filled
-    return np.ascontiguousarray(words).reshape(batches * groups, rows, steps)
+        padded = np.zeros((batches, groups * rows, steps), dtype=np.uint16)
+        padded[:, :count] = words
+        words = padded
+    filled = np.full((batches, groups), rows, dtype=np.int64)
+    filled[:, -1] = count - (groups - 1) * rows
+    return Chunk(phase, np.ascontiguousarray(words).reshape(batches * groups, rows, steps), filled.reshape(-1))
 
 
 def _weight_streams(weight: NDArray[np.bool_], layer: Layer, product: Product, taps: NDArray[np.int64], lanes: int) -> Words:
@@ -266,7 +283,7 @@ def streams(
     rows: int,
     lanes: int = 16,
     chunk_steps: int = _CHUNK_STEPS,
-) -> Iterator[tuple[int, Words]]:
+) -> Iterator[Chunk]:
     """Lower the scheduled operand of a product to the streams of tiles with `rows` rows.
 
     Memory is bounded: the streams come in chunks of about `chunk_steps` steps (one tile group at least).
@@ -282,7 +299,7 @@ def streams(
         chunk_steps: Bound on the steps held at once.
 
     Yields:
-        The index of the phase in `stream_sets`, and words (groups, rows, steps).
+        The streams, chunk after chunk.
     """
     _check_side(product, side)
     if rows < 1 or chunk_steps < 1:
@@ -294,7 +311,7 @@ def streams(
         return
     if side == "weight":
         for number, phase in enumerate(phases(layer, product)):
-            yield number, _grouped(_weight_streams(mask, layer, product, phase.taps, lanes), rows)
+            yield _grouped(number, _weight_streams(mask, layer, product, phase.taps, lanes), rows)
         return
     blocks = _blocks_last(mask, layer.groups, lanes)
     for number, phase in enumerate(phases(layer, product)):
@@ -305,12 +322,12 @@ def streams(
             source = phase.source[first : first + positions]
             for image in range(0, len(blocks), images):
                 windows = blocks[image : image + images].take(source, axis=1)
-                yield number, _grouped(windows.reshape(*windows.shape[:2], steps), rows)
+                yield _grouped(number, windows.reshape(*windows.shape[:2], steps), rows)
 
 
 def _position_streams(
     layer: Layer, side: Operand, mask: NDArray[np.bool_], rows: int, lanes: int, chunk_steps: int
-) -> Iterator[tuple[int, Words]]:
+) -> Iterator[Chunk]:
     """The streams of wgrad, along the output positions."""
     images, channels, height, width = mask.shape
     per_group = channels // layer.groups
@@ -333,7 +350,7 @@ def _position_streams(
             if side == "input":
                 part = part.take(source, axis=2)  # (batches, channels, T, P)
                 part = part.reshape(len(part), -1, part.shape[-1])
-            yield 0, _grouped(pack_lanes(part, lanes), rows)
+            yield _grouped(0, pack_lanes(part, lanes), rows)
 
 
 def operand_vectors(

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from leantrain.hardware.lowering import Operand
 from leantrain.hardware.workloads import Layer, layer_of
 from leantrain.paths import write_atomically
+from leantrain.training import ImageClassifier
 
-__all__ = ["LayerTrace", "Packed", "Precision", "Trace", "TraceCallback", "capture", "random_trace"]
+__all__ = ["LayerTrace", "Packed", "Precision", "Recorder", "Trace", "TraceCallback", "TracedClassifier", "capture"]
 
 Precision = Literal["float32", "bfloat16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -173,8 +174,16 @@ class Trace:
         return cls(tuple(layers), manifest["precision"], manifest["notes"])
 
 
-class _Recorder:
-    """What `capture` yields: it collects the operands and makes the trace when the pass is over."""
+class Recorder:
+    """What `capture` yields: it collects the operands and makes the trace when the pass is over.
+
+    Args:
+        names: The layers to wait for.
+        samples: Keep the first so many samples of the batch; None keeps all.
+        precision: Format to round to before zeros are counted.
+        values: Whether the values are kept as well.
+        limit: Bytes that must not be passed.
+    """
 
     def __init__(self, names: Sequence[str], samples: int | None, precision: Precision, values: bool, limit: int) -> None:
         self._names, self._samples, self._precision = names, samples, precision
@@ -184,13 +193,14 @@ class _Recorder:
         self._layers: dict[str, Layer] = {}
 
     def note(self, name: str, operand: Operand, tensor: Tensor) -> None:
+        """Keep the zero mask of one operand of a layer that has started."""
         tensor = tensor.detach()
         if operand != "weight" and self._samples is not None:
             tensor = tensor[: self._samples]
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"the {operand} of layer {name!r} holds NaN or infinity; a diverged run cannot be traced")
         rounded = tensor.to(_DTYPES[self._precision])
-        if isinstance_linear(self._layers[name]):
+        if self._layers[name].kind == "linear":
             rounded = rounded.reshape(-1, rounded.shape[-1])
         mask = (rounded != 0).cpu().numpy()  # -0.0 compares equal to zero
         packed = Packed.of(mask)
@@ -204,6 +214,7 @@ class _Recorder:
             self._kept[name][operand] = rounded.float().cpu().numpy().copy()
 
     def start(self, name: str, layer: Layer) -> None:
+        """Open the entry of a layer; each layer may run once."""
         if name in self._layers:
             raise ValueError(f"layer {name!r} ran twice within one capture; trace one forward and one backward pass at a time")
         self._layers[name] = layer
@@ -229,10 +240,6 @@ class _Recorder:
         return Trace(entries, self._precision, dict(notes or {}))
 
 
-def isinstance_linear(layer: Layer) -> bool:
-    return layer.kind == "linear"
-
-
 @contextmanager
 def capture(
     model: nn.Module,
@@ -242,7 +249,7 @@ def capture(
     precision: Precision = "float32",
     values: bool = False,
     limit_bytes: int = 1 << 30,
-) -> Iterator[_Recorder]:
+) -> Iterator[Recorder]:
     """Watch one forward and one backward pass of a model.
 
     Use it as `with capture(model) as recorder: loss(model(x), y).backward()`, then `recorder.trace()`. The pass itself
@@ -271,18 +278,16 @@ def capture(
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(_DTYPES)}")
     if samples is not None and samples < 1:
         raise ValueError(f"samples is {samples}; expected at least 1")
-    recorder = _Recorder(names, samples, precision, values, limit_bytes)
+    recorder = Recorder(names, samples, precision, values, limit_bytes)
     handles = []
     for name in names:
 
         def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
             recorder.start(name, layer_of(name, module, args[0], output))
+            recorder.note(name, "input", args[0])
             recorder.note(name, "weight", module.weight)
             if output.requires_grad:
                 output.register_hook(lambda gradient: recorder.note(name, "grad_output", gradient))
-
-        def watch_input(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            pass
 
         handles.append(found[name].register_forward_hook(watch))
     try:
@@ -290,3 +295,93 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class TraceCallback(L.Callback):
+    """Trace the last training batch of chosen epochs, within a Lightning run and without changing it.
+
+    Args:
+        samples: Keep only the first so many samples of the batch.
+        epochs: Numbers of the epochs to trace, from 0; all by default.
+        precision: Round to this format before looking for zeros.
+        report: Called with each trace; the numbers it returns are logged as metrics of the epoch, and the trace is
+            dropped. Without it the traces are kept in `traces`.
+        folder: Save each trace here, as epoch-000.safetensors and epoch-000.json and so on.
+
+    Attributes:
+        traces: The traces so far, if there is no `report`.
+    """
+
+    def __init__(
+        self,
+        *,
+        samples: int | None = 16,
+        epochs: Collection[int] | None = None,
+        precision: Precision = "float32",
+        report: Callable[[Trace], Mapping[str, float]] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.samples, self.epochs, self.precision = samples, epochs, precision
+        self.report, self.folder = report, folder
+        self.traces: list[Trace] = []
+        self._open: tuple[Recorder, ExitStack] | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Put the hooks on before the last batch of an epoch."""
+        last = batch_idx + 1 == trainer.num_training_batches
+        if last and (self.epochs is None or trainer.current_epoch in self.epochs):
+            stack = ExitStack()
+            self._open = (stack.enter_context(capture(pl_module, samples=self.samples, precision=self.precision)), stack)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the hooks off, and keep or report the trace."""
+        if self._open is None:
+            return
+        (recorder, stack), self._open = self._open, None
+        stack.close()
+        trace = recorder.trace({"epoch": trainer.current_epoch, "step": trainer.global_step})
+        if self.folder is not None:
+            trace.save(self.folder / f"epoch-{trainer.current_epoch:03d}")
+        if self.report is None:
+            self.traces.append(trace)
+        else:
+            metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.report(trace).items()}
+            pl_module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Take the hooks off when a run fails within the traced batch."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+
+class TracedClassifier(ImageClassifier):
+    """An image classifier that logs what an emulator makes of the last batch of every epoch.
+
+    Args:
+        model: The model.
+        optimizer: Builds the optimiser from parameter groups.
+        num_classes: Number of classes.
+        report: Turns a trace into numbers; they become metrics of the epoch.
+        samples: Samples of the batch to trace.
+        warmup_fraction: Share of the steps in which the learning rate rises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        *,
+        num_classes: int,
+        report: Callable[[Trace], Mapping[str, float]],
+        samples: int = 16,
+        warmup_fraction: float = 0.1,
+    ) -> None:
+        super().__init__(model, optimizer, num_classes=num_classes, warmup_fraction=warmup_fraction)
+        self.tracer = TraceCallback(samples=samples, report=report)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Hand the tracing callback to the trainer."""
+        return [self.tracer]

@@ -177,9 +177,7 @@ def parameters_saved(dim: int, heads: int, n_q: int, n_kv: int, bias: bool = Tru
     return (heads - n_q + 2 * (heads - n_kv)) * (dim * width + (width if bias else 0))
 
 
-def block_macs(
-    dim: int, heads: int, n_q: int, n_kv: int, tokens: int, mlp_ratio: float = 4.0
-) -> dict[str, int]:
+def block_macs(dim: int, heads: int, n_q: int, n_kv: int, tokens: int, mlp_ratio: float = 4.0) -> dict[str, int]:
     """Multiply-accumulates of one transformer block in a forward pass of one sample, by part.
 
     Args:
@@ -341,9 +339,7 @@ class GroupedAttention(nn.Module):
         """
         dim, heads = self.q.in_features, self.num_heads
         if (qkv.in_features, qkv.out_features) != (dim, 3 * dim):
-            raise ValueError(
-                f"expected a projection {dim} -> {3 * dim}, got {qkv.in_features} -> {qkv.out_features}"
-            )
+            raise ValueError(f"expected a projection {dim} -> {3 * dim}, got {qkv.in_features} -> {qkv.out_features}")
         if (qkv.bias is None) != (self.q.bias is None):
             raise ValueError("either both projections must have a bias or neither")
         q_of_head, kv_of_head = zip(*self.pairs, strict=True)
@@ -418,9 +414,7 @@ def group_attention(model: VisionTransformer, name: str) -> VisionTransformer:
     """
     blocks = [block for block in model.modules() if isinstance(getattr(block, "attn", None), nn.Module)]
     if not isinstance(model, VisionTransformer) or not blocks:
-        raise ValueError(
-            f"expected a timm VisionTransformer with attention blocks, got {type(model).__name__}"
-        )
+        raise ValueError(f"expected a timm VisionTransformer with attention blocks, got {type(model).__name__}")
     replacements = []
     for index, block in enumerate(blocks):
         try:
