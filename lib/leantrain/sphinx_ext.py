@@ -38,7 +38,7 @@ from leantrain.book import (
     scoreboard_rows,
     tally,
 )
-from leantrain.catalog import Catalog, CatalogError, Claim, Decision, Paper, Part, Verdict, load_catalog
+from leantrain.catalog import Catalog, CatalogError, Claim, Decision, Paper, Part, Quantity, Verdict, load_catalog
 from leantrain.chapter import badge, format_quantity
 from leantrain.records import MIME, Record, published_records
 
@@ -89,7 +89,7 @@ class _Book:
 def _book(env: BuildEnvironment) -> _Book:
     """The book's data; notes that the page depends on them."""
     env.note_dependency(str(paths.CATALOG))
-    return env.app.leantrain  # type: ignore[attr-defined, no-any-return]
+    return env.app.leantrain  # type: ignore[attr-defined]
 
 
 def _chapter(paper: Paper) -> str:
@@ -100,7 +100,7 @@ def _chapter(paper: Paper) -> str:
 # ---------------------------------------------------------------- markup
 
 
-class BookHtml(nodes.General, nodes.Element):  # type: ignore[misc]
+class BookHtml(nodes.General, nodes.Element):
     """Ready markup; `doc:NAME` as a link's target becomes the address of the document NAME."""
 
 
@@ -143,12 +143,18 @@ def _run_html(result: Result, label: str) -> str:
     return f"<span class='lt-run'><b>{label}:</b> {' · '.join(facts)}</span>"
 
 
+def _value(quantity: Quantity, unit: str) -> str:
+    """A value as text whose interval and n are not broken across lines."""
+    text = format_quantity(quantity, unit)
+    return re.sub(r"\[[^\]]*\]|n = \d+", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+
+
 def _found_html(result: Result | None, claim: Claim, missing: str) -> str:
     if result is None:
         return f"<span class='lt-muted'>{missing}</span>"
     if result.quantity is None:
         return f"<span class='lt-muted'>{html.escape(result.reason)}</span>"
-    return f"<span class='lt-value'>{html.escape(format_quantity(result.quantity, claim.unit))}</span>"
+    return f"<span class='lt-value'>{html.escape(_value(result.quantity, claim.unit))}</span>"
 
 
 _TESTED = {"exact": "counted at full size", "full-size": "measured at full size", "scaled": "scaled down"}
@@ -276,7 +282,7 @@ class PaperListDirective(SphinxDirective):
                 refexplicit=True,
                 refwarn=True,
             )
-            name["refdoc"] = self.env.docname  # type: ignore[index]
+            name["refdoc"] = self.env.docname
         headlines = [book.row(claim).decision for claim in paper.claims if claim.headline]
         badges = "".join(badge(decision) for decision in dict.fromkeys(headlines))
         term = nodes.term("", "", name, nodes.Text(f" ({paper.year}) "), nodes.raw("", badges, format="html"))
@@ -312,7 +318,7 @@ class ResultRole(_ClaimRole):
         claim, name = found
         published = _book(self.env).row(claim).published
         measured = published.record.measurements.get(claim.id, {}) if published else {}
-        text = format_quantity(measured[name], claim.unit) if name in measured else "not measured here"
+        text = _value(measured[name], claim.unit) if name in measured else "not measured here"
         return [nodes.inline("", text, classes=["lt-value"])], []
 
 

@@ -54,7 +54,9 @@ def test_other_bytes_are_refused_and_removed_and_not_asked_for_again(server, dow
 
 
 def test_a_web_page_instead_of_the_file_is_called_that(server, downloader, tmp_path):
-    url = server.serve("/set.tar.gz", b"\n<!DOCTYPE html><title>Please log in</title>", headers={"Content-Type": "text/html"})
+    url = server.serve(
+        "/set.tar.gz", b"\n<!DOCTYPE html><title>Please log in</title>", headers={"Content-Type": "text/html"}
+    )
     with pytest.raises(CorruptData, match="web page"):
         downloader.get(url, SHA256, tmp_path)
     assert files(tmp_path) == []
@@ -85,7 +87,7 @@ def test_a_passing_fault_is_tried_again_with_growing_pauses(server, downloader, 
 
 def test_a_lasting_fault_is_tried_three_times(server, downloader, pauses, tmp_path):
     url = server.serve("/set.bin", b"", status=500)
-    with pytest.raises(DownloadFailed, match="answered 500.*attempts: 3"):
+    with pytest.raises(DownloadFailed, match=r"answered 500.*attempts: 3"):
         downloader.get(url, SHA256, tmp_path)
     assert len(server.asked) == 3
 
@@ -124,7 +126,7 @@ def test_a_silent_server_is_given_up(server, pauses, tmp_path):
     server.answers["/set.bin"] = lambda handler, _count: time.sleep(0.6)
     downloader = Downloader(allow_loopback=True, timeout_s=0.1, attempts=2, sleep=pauses)
     started = time.monotonic()
-    with pytest.raises(DownloadFailed, match="(?i)timed out.*attempts: 2"):
+    with pytest.raises(DownloadFailed, match=r"(?i)timed out.*attempts: 2"):
         downloader.get(server.url("/set.bin"), SHA256, tmp_path)
     assert time.monotonic() - started < 2
 

@@ -23,7 +23,7 @@ def test_wikitext_is_returned_byte_for_byte(lay_down):
 
 
 def test_sst2(lay_down):
-    content = 'sentence\tlabel\nit \'s "good\t1\nbad \u2028 \u0085 film \t0\n'
+    content = "sentence\tlabel\nit 's \"good\t1\nbad \u2028 \u0085 film \t0\n"
     lay_down("glue/sst2", {"glue/SST-2/train.tsv": content.encode(), "glue/SST-2/dev.tsv": b"sentence\tlabel\nx\t1\n"})
     frame = table("glue/sst2", "train")
     assert list(frame.columns) == ["sentence", "label"]

@@ -5,9 +5,10 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from leantrain.measure.cost import count_macs, count_parameters, optimizer_state_bytes
 from torch import nn
 from torch.nn import functional as F
+
+from leantrain.measure.cost import count_macs, count_parameters, optimizer_state_bytes
 
 
 def test_a_full_size_vision_transformer_costs_what_its_formula_says():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from leantrain.measure.memory import saved_activation_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from leantrain.measure.memory import saved_activation_bytes
 
 
 @pytest.mark.parametrize("shape", [(7,), (7, 3)])

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from leantrain.measure.statistics import Estimate, mean_interval, median_interval, paired_difference
 from scipy import stats
+
+from leantrain.measure.statistics import Estimate, mean_interval, median_interval, paired_difference
 
 FINITE = st.floats(-1e6, 1e6, allow_nan=False)
 

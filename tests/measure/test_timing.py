@@ -5,6 +5,7 @@ import math
 
 import pandas as pd
 import pytest
+
 from leantrain.measure.timing import PairedTiming, paired_timing
 
 

@@ -3,20 +3,24 @@
 import logging
 import math
 import pickle
-import warnings
 from functools import partial
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from leantrain.training import Diverged, ImageClassifier, small_vit
-from leantrain.training.schedules import warmup_cosine_factor
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from leantrain.training import Diverged, ImageClassifier, small_vit
+from leantrain.training.schedules import warmup_cosine_factor
+
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+]
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.05)

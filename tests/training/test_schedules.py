@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from leantrain.training.schedules import warmup_cosine, warmup_cosine_factor
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from leantrain.training.vit import small_vit
 
 SIZES = {

@@ -90,7 +90,7 @@ def verify(name: str) -> dict[str, str]:
     one = dataset(name)
     if one.kind == "embedded":
         # Reading the arrays checks them against the registry.
-        from leantrain.data.image_sets import read_digits
+        from leantrain.data.digits import read_digits
 
         read_digits()
         return one.checksums

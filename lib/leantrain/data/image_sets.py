@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader
 
 from leantrain.data.checks import check_images
 from leantrain.data.cifar import read_batch
-from leantrain.data.errors import CorruptData, MissingData
+from leantrain.data.digits import read_digits
+from leantrain.data.errors import CorruptData
 from leantrain.data.fetch import locate
 from leantrain.data.registry import dataset
 
-__all__ = ["ImageData", "images", "random_crop_flip", "read_digits", "stratified_order"]
+__all__ = ["ImageData", "images", "random_crop_flip", "stratified_order"]
 
 # Part of every fingerprint: raise it when the same options begin to give other batches.
 _VERSION = 1
@@ -300,23 +298,6 @@ def random_crop_flip(x: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: in
     return torch.where(flip[:, None, None, None], cut.flip(-1), cut)
 
 
-def read_digits() -> tuple[Tensor, Tensor]:
-    """The 1,797 digits of scikit-learn: images uint8 ``(N, 1, 8, 8)`` from 0 to 16, classes int64 ``(N,)``.
-
-    Raises:
-        CorruptData: If scikit-learn's arrays are not those that the registry knows.
-    """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    arrays = [bunch.images.astype(np.uint8), bunch.target.astype(np.int64)]
-    for (what, expected), array in zip(dataset("digits").arrays.items(), arrays, strict=True):
-        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-        if digest != expected:
-            raise CorruptData(f"{what}: SHA-256 {digest}, expected {expected}; is this another scikit-learn?")
-    return torch.from_numpy(arrays[0]).unsqueeze(1), torch.from_numpy(arrays[1])
-
-
 def _generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
     # Hashed, so that neighbouring seeds and epochs have unrelated streams.
     digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
@@ -373,8 +354,9 @@ def _stand_in(spec: _Spec, batch_size: int) -> _Split:
 
 
 def _digits(spec: _Spec) -> tuple[_Split, _Split]:
-    x, y = read_digits()
-    check_images("digits", x.numpy(), y.numpy(), num_classes=spec.num_classes, shape=spec.shape)
+    images, labels = read_digits()
+    check_images("digits", images, labels, num_classes=spec.num_classes, shape=spec.shape)
+    x, y = torch.from_numpy(images), torch.from_numpy(labels)
     order = stratified_order(y, 0)
     return _Split(x, y, order[:_DIGITS_TRAIN]), _Split(x, y, order[_DIGITS_TRAIN:])
 
@@ -410,58 +392,23 @@ def _whole(x: np.ndarray, y: np.ndarray) -> _Split:
     return _Split(torch.from_numpy(x), torch.from_numpy(y), torch.arange(len(y)))
 
 
-class _Pictures(Dataset[tuple[Tensor, int]]):
-    """Pictures of class folders, decoded when they are asked for, as uint8 ``(3, 224, 224)``.
-
-    The random crop of a picture depends on seed, epoch and its place only, not on the worker that decodes it.
-    """
-
-    def __init__(self, samples: Sequence[tuple[str, int]], size: int, crop: tuple[int, int] | None) -> None:
-        self._samples = samples
-        self._seed_and_epoch = crop
-        self._transform = (
-            v2.Compose([v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)])
-            if crop is None
-            else v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
-        )
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        path, label = self._samples[place]
-        try:
-            picture = default_loader(path)
-        except OSError as error:
-            raise CorruptData(f"{path} is not a readable picture: {error}") from error
-        with torch.random.fork_rng(devices=[]):
-            if self._seed_and_epoch is not None:
-                seed, epoch = self._seed_and_epoch
-                torch.manual_seed(_generator(seed, epoch, f"picture {place}").initial_seed())
-            return v2.functional.pil_to_tensor(self._transform(picture)), label
-
-
 def _image_folders(
     spec: _Spec, batch_size: int, sizes: tuple[int | None, int | None], options: Mapping[str, Any]
 ) -> ImageData:
+    from leantrain.data.pictures import Pictures, list_pictures
+
     folder = locate("imagenet") / "imagenet"
-    split_seed, augment = options["split_seed"], options["augment"]
     splits, listings = [], {}
     for part, size in zip(("train", "val"), sizes, strict=True):
-        try:
-            found = ImageFolder(str(folder / part))
-        except FileNotFoundError as error:
-            raise MissingData(f"{folder / part} has no pictures in class folders: {error}") from error
-        if len(found.classes) != spec.num_classes:
-            raise CorruptData(f"{folder / part} has {len(found.classes)} class folders, expected {spec.num_classes}")
-        labels = torch.tensor(found.targets)
-        rows = _chosen_rows(labels, torch.arange(len(labels)), size, split_seed, f"{part}_size")
-        splits.append([found.samples[row] for row in rows.tolist()])
-        names = [[Path(path).relative_to(folder).as_posix(), label] for path, label in found.samples]
+        samples = list_pictures(folder / part, spec.num_classes)
+        labels = torch.tensor([label for _, label in samples])
+        rows = _chosen_rows(labels, torch.arange(len(labels)), size, options["split_seed"], f"{part}_size")
+        splits.append([samples[row] for row in rows.tolist()])
+        names = [[Path(path).relative_to(folder).as_posix(), label] for path, label in samples]
         listings[f"imagenet/{part}, list of files"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()
     train, val = splits
 
-    def read(pictures: _Pictures, order: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(pictures: Pictures, order: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             pictures,
             batch_size=batch_size,
@@ -476,7 +423,8 @@ def _image_folders(
     def train_batches(seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(train), generator=_generator(seed, epoch, "order")).tolist()
         kept = order[: _train_batch_count(len(train), batch_size) * batch_size]
-        return read(_Pictures(train, spec.shape[1], (seed, epoch) if augment else None), kept)
+        seeds = torch.randint(0, _LARGEST_SEED, (len(train),), generator=_generator(seed, epoch, "augment"))
+        return read(Pictures(train, spec.shape[1], seeds if options["augment"] else None), kept)
 
     return ImageData(
         name="imagenet",
@@ -487,7 +435,7 @@ def _image_folders(
         sizes=(len(train), len(val)),
         options=options,
         train_batches=train_batches,
-        val_batches=lambda: read(_Pictures(val, spec.shape[1], None), list(range(len(val)))),
+        val_batches=lambda: read(Pictures(val, spec.shape[1]), list(range(len(val)))),
     )
 
 

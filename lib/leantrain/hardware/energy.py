@@ -33,7 +33,9 @@ class AccessEnergy:
     def __post_init__(self) -> None:
         for field in fields(self):
             if not 0 < getattr(self, field.name) < float("inf"):
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}; a relative energy is positive and finite")
+                raise ValueError(
+                    f"{field.name} is {getattr(self, field.name)}; a relative energy is positive and finite"
+                )
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class CorePower:
         return self.total("power_mw", "dense") / self.total("power_mw", "sparse")
 
 
-#: The breakdown that we use for TensorDash with 32-bit floating point in a 65 nm process. We could not check it in the paper.
+#: The breakdown that we use for TensorDash, 32-bit floating point, 65 nm. We could not check it in the paper.
 TENSORDASH_FP32 = CorePower(
     area_mm2=MappingProxyType(
         {"compute cores": 30.41, "transposers": 0.38, "schedulers and B-side muxes": 0.91, "A-side muxes": 1.73}

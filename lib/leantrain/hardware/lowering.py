@@ -7,13 +7,13 @@ one operand, the *scheduled side*, and meets every stream with several partners,
 | product | output | sides | a stream of the first side | order of the reduction |
 | --- | --- | --- | --- | --- |
 | forward | O | input, weight | the window of one output position | kernel row, kernel column, channel block |
-| dgrad | gradient of the input | grad_output, weight | the window of one input position | the same, over output channels |
-| wgrad | gradient of the weights | grad_output, input | one output channel | output positions, row by row |
+| dgrad | input gradient | grad_output, weight | the window of one input position | the same, over output channels |
+| wgrad | weight gradient | grad_output, input | one output channel | output positions, row by row |
 
-The zeros that a stride would insert between output gradients are not streamed: dgrad falls into stride x stride *phases*
-of input positions, each of which uses only the kernel taps that meet a gradient. Padding and the channels that fill up
-the last block are streamed as zeros. Images are lowered one at a time; a linear layer is a 1x1 convolution whose
-positions are the samples of the batch.
+The zeros that a stride would insert between output gradients are not streamed: dgrad falls into stride x stride
+*phases* of input positions, each of which uses only the kernel taps that meet a gradient. Padding and the channels
+that fill up the last block are streamed as zeros. Images are lowered one at a time; a linear layer is a 1x1
+convolution whose positions are the samples of the batch.
 """
 
 from __future__ import annotations
@@ -81,13 +81,15 @@ class StreamSet:
     Attributes:
         batches: Independent batches of streams; streams of different batches never share a tile.
         streams: Streams in a batch.
-        partners: Streams of the other operand that each stream meets.
+        partner_batches: Batches of streams of the other operand that each stream meets; kept apart in the same way.
+        partners: Streams in such a batch.
         repeats: How often the whole is done with the same scheduled operand (the images, for weights).
         steps: Steps of a stream.
     """
 
     batches: int
     streams: int
+    partner_batches: int
     partners: int
     repeats: int
     steps: int
@@ -140,7 +142,9 @@ def pack_lanes(mask: NDArray[np.bool_], lanes: int = 16) -> Words:
     return np.packbits(padded, axis=-1, bitorder="little").view("<u2")[..., 0]
 
 
-def _axis_taps(product: Product, layer: Layer, axis: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+def _axis_taps(
+    product: Product, layer: Layer, axis: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
     """Along one axis: for each phase its positions (P,), taps (T,) and sources (P, T)."""
     kernel, stride, pad = layer.kernel[axis], layer.stride[axis], layer.padding[axis]
     dilation, size_in, size_out = layer.dilation[axis], layer.in_size[axis], layer.out_size[axis]
@@ -205,17 +209,18 @@ def stream_sets(layer: Layer, product: Product, side: Operand, *, lanes: int = 1
     images = batch * layer.groups
     if product == "wgrad":
         steps = -(-layer.out_size[0] * layer.out_size[1] // lanes)
-        pairs = ins * layer.kernel[0] * layer.kernel[1]
-        own, other = (outs, pairs) if side == "grad_output" else (pairs, outs)
-        return [StreamSet(images, own, other, 1, steps)]
+        taps = layer.kernel[0] * layer.kernel[1]
+        if side == "grad_output":
+            return [StreamSet(images, outs, taps, ins, 1, steps)]
+        return [StreamSet(images * taps, ins, 1, outs, 1, steps)]
     reduced, other = (ins, outs) if product == "forward" else (outs, ins)
     sets = []
     for phase in phases(layer, product):
         steps = len(phase.taps) * -(-reduced // lanes)
         if side == "weight":
-            sets.append(StreamSet(layer.groups, other, len(phase.positions), batch, steps))
+            sets.append(StreamSet(layer.groups, other, 1, len(phase.positions), batch, steps))
         else:
-            sets.append(StreamSet(images, len(phase.positions), other, 1, steps))
+            sets.append(StreamSet(images, len(phase.positions), 1, other, 1, steps))
     return sets
 
 
@@ -238,15 +243,18 @@ def _as_image(layer: Layer, tensors: Mapping[str, NDArray]) -> tuple[Layer, dict
         if given != expected or 0 in tensor.shape:
             raise ValueError(f"layer {layer.name!r}: {name} has shape {tensor.shape}; expected (batch,) + {expected}")
         if layer.kind == "linear":
-            tensor = tensor[:, :, None, None] if name == "weight" else tensor.T[None, :, :, None]
-        result[name] = tensor
+            result[name] = tensor[:, :, None, None] if name == "weight" else tensor.T[None, :, :, None]
+        else:
+            result[name] = tensor
     return (layer.batch_as_image(batches.pop()) if layer.kind == "linear" and batches else layer), result
 
 
 def _blocks_last(tensor: NDArray[np.bool_], groups: int, lanes: int) -> Words:
     """(N, C, H, W) to words (N * groups, (H + 1) * (W + 1), blocks), with a margin of zeros at the end of each axis."""
     images, channels, height, width = tensor.shape
-    words = pack_lanes(tensor.reshape(images, groups, channels // groups, height, width).transpose(0, 1, 3, 4, 2), lanes)
+    words = pack_lanes(
+        tensor.reshape(images, groups, channels // groups, height, width).transpose(0, 1, 3, 4, 2), lanes
+    )
     padded = np.zeros((images, groups, height + 1, width + 1, words.shape[-1]), dtype=np.uint16)
     padded[:, :, :height, :width] = words
     return padded.reshape(images * groups, (height + 1) * (width + 1), -1)
@@ -265,7 +273,9 @@ def _grouped(phase: int, words: Words, rows: int) -> Chunk:
     return Chunk(phase, np.ascontiguousarray(words).reshape(batches * groups, rows, steps), filled.reshape(-1))
 
 
-def _weight_streams(weight: NDArray[np.bool_], layer: Layer, product: Product, taps: NDArray[np.int64], lanes: int) -> Words:
+def _weight_streams(
+    weight: NDArray[np.bool_], layer: Layer, product: Product, taps: NDArray[np.int64], lanes: int
+) -> Words:
     """Words (groups, streams, steps) of the weights of one phase."""
     kept = weight[:, :, taps[:, 0], taps[:, 1]]  # (K, C / groups, T)
     kept = kept.reshape(layer.groups, -1, *kept.shape[1:])
@@ -348,8 +358,8 @@ def _position_streams(
         for image in range(0, len(values), batches):
             part = values[image : image + batches, first : first + at_once]
             if side == "input":
-                part = part.take(source, axis=2)  # (batches, channels, T, P)
-                part = part.reshape(len(part), -1, part.shape[-1])
+                part = part.take(source, axis=2).swapaxes(1, 2)  # (batches, T, channels, P)
+                part = part.reshape(-1, *part.shape[2:])
             yield _grouped(0, pack_lanes(part, lanes), rows)
 
 
@@ -401,10 +411,7 @@ def operand_vectors(
         return np.zeros((0, lanes)), np.zeros((0, lanes))
     data = with_margin(SIDES[product][0], image, group * reduced, reduced)[:, phase.source[place[0]]]
     weight = images["weight"][:, :, phase.taps[:, 0], phase.taps[:, 1]]
-    if product == "forward":
-        own = weight[channel]
-    else:
-        own = weight[group * outs : (group + 1) * outs, channel % ins]
+    own = weight[channel] if product == "forward" else weight[group * outs : (group + 1) * outs, channel % ins]
     return _steps(data.T, lanes), _steps(own.T, lanes)
 
 

@@ -25,7 +25,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from leantrain.hardware.energy import TENSORDASH_FP32, AccessEnergy, CorePower
-from leantrain.hardware.lowering import SIDES, Operand, StreamSet, Words, operand_vectors, pack_lanes, stream_sets, streams
+from leantrain.hardware.lowering import (
+    SIDES,
+    Operand,
+    StreamSet,
+    Words,
+    operand_vectors,
+    pack_lanes,
+    stream_sets,
+    streams,
+)
 from leantrain.hardware.trace import LayerTrace, Trace
 from leantrain.hardware.workloads import PRODUCTS, Layer, Product
 
@@ -70,8 +79,8 @@ class TensorDash:
         columns: Processing elements of a row; they share its stream.
         tiles: Tiles.
         frequency_mhz: Clock.
-        options: Options as (step, lane offset), in order of priority, in place of those of `priority`. The first must be
-            (0, 0): a lane whose own pair is effectual takes it.
+        options: Options as (step, lane offset), in order of priority, in place of those of `priority`. The first must
+            be (0, 0): a lane whose own pair is effectual takes it.
         levels: Lanes that choose at the same time, level after level. Two lanes of a level must not share an option.
     """
 
@@ -87,7 +96,9 @@ class TensorDash:
 
     def __post_init__(self) -> None:
         if self.lanes != 16:
-            raise ValueError(f"lanes is {self.lanes!r}; the scheduler's levels are for 16 lanes, so only 16 is possible")
+            raise ValueError(
+                f"lanes is {self.lanes!r}; the scheduler's levels are for 16 lanes, so only 16 is possible"
+            )
         for field, most in (("depth", 16), ("rows", 256), ("columns", 65536), ("tiles", 65536)):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -501,7 +512,7 @@ def random_streams(sparsity: float, *, groups: int, rows: int, steps: int, seed:
 def _passes(streams_of: StreamSet, config: TensorDash) -> tuple[int, int]:
     """Tile groups of a set of streams, and how often each runs."""
     groups = streams_of.batches * -(-streams_of.streams // config.rows)
-    return groups, -(-streams_of.partners // config.columns) * streams_of.repeats
+    return groups, -(-streams_of.partners // config.columns) * streams_of.partner_batches * streams_of.repeats
 
 
 def dense_cycles(
@@ -532,6 +543,7 @@ def simulate(
     access: AccessEnergy | None = None,
     power: CorePower = TENSORDASH_FP32,
     bits: int = 32,
+    minibatch: int | None = None,
     threads: int | None = None,
 ) -> pd.DataFrame:
     """Run the traced products of every layer and count cycles, idle multipliers, accesses and energy.
@@ -545,6 +557,7 @@ def simulate(
         access: Relative energy of an access.
         power: Power of the cores.
         bits: Width of a value, 16 or 32; a wider value costs in proportion.
+        minibatch: Samples that share one transfer of the weights from and to DRAM; by default those of the trace.
         threads: Threads to use.
 
     Returns:
@@ -555,10 +568,12 @@ def simulate(
         energies in units of one 16-bit multiply-accumulate: core_dense, core, scratchpad, buffer, dram.
 
     Raises:
-        ValueError: If `bits` is neither 16 nor 32.
+        ValueError: If `bits` is neither 16 nor 32, or `minibatch` is not positive.
     """
     if bits not in (16, 32):
         raise ValueError(f"bits is {bits}; expected 16 or 32")
+    if minibatch is not None and minibatch < 1:
+        raise ValueError(f"minibatch is {minibatch}; expected at least 1")
     config, access = config or TensorDash(), access or AccessEnergy()
     wanted = set(products)
     rows = []
@@ -566,7 +581,8 @@ def simulate(
         for product in entry.layer.products:
             if product in wanted:
                 counts = _simulate_product(entry, product, config, threads)
-                rows.append(counts | _energies(entry, product, counts, config, access, power, bits))
+                share = entry.batch / (minibatch or entry.batch)
+                rows.append(counts | _energies(entry, product, counts, config, access, power, bits / 16, share))
     return pd.DataFrame(rows)
 
 
@@ -620,13 +636,15 @@ def _energies(
     config: TensorDash,
     access: AccessEnergy,
     power: CorePower,
-    bits: int,
+    unit: float,
+    weight_share: float,
 ) -> dict[str, float]:
     """Energies of a product. Memory is accessed alike with and without TensorDash.
 
     Our accounting: a staging refill reads 16 values from a scratchpad; a tile group's scheduled streams come from the
     shared buffer once and stay beside the tile for all passes; the partners come from it once a pass, for all tiles at
-    once; every output is written to the buffer once; DRAM moves both operands in and the output out once.
+    once; every output is written to the buffer once; DRAM moves both operands in and the output out once, the weights
+    and their gradient once a minibatch.
     """
     side: Operand = counts["side"]
     scratchpad = buffer = 0
@@ -636,10 +654,11 @@ def _energies(
         scratchpad += groups * passes * (config.rows + config.columns) * values
         buffer += groups * streams_of.repeats * config.rows * values
         buffer += -(-groups // config.tiles) * passes * config.columns * values
-        buffer += streams_of.batches * streams_of.streams * streams_of.partners * streams_of.repeats
-    # The operand that a product makes is the one of the three that it does not read.
-    dram = sum(mask.size for mask in entry.masks.values())
-    unit = bits / 16
+        outputs = streams_of.partner_batches * streams_of.partners * streams_of.repeats
+        buffer += streams_of.batches * streams_of.streams * outputs
+    # Two of the three tensors are a product's operands; the third has the shape of its output.
+    sizes = {operand: mask.size for operand, mask in entry.masks.items()}
+    dram = sizes["input"] + sizes["grad_output"] + weight_share * sizes["weight"]
     core = unit * access.mac * config.macs_per_cycle
     return {
         "core_dense": core * counts["dense_cycles"],
@@ -650,10 +669,19 @@ def _energies(
     }
 
 
-_SUMS = (
-    ["macs", "dense_cycles", "cycles", "ideal_cycles", "slots", "used", "reach", "window", "lockstep", "empty_rows"]
-    + ["core_dense", "core", "scratchpad", "buffer", "dram"]
-)  # fmt: skip
+_COUNTS = [
+    "macs",
+    "dense_cycles",
+    "cycles",
+    "ideal_cycles",
+    "slots",
+    "used",
+    "reach",
+    "window",
+    "lockstep",
+    "empty_rows",
+]
+_SUMS = [*_COUNTS, "core_dense", "core", "scratchpad", "buffer", "dram"]
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
@@ -680,7 +708,13 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def value_check(
-    layer: Layer, config: TensorDash | None = None, *, sparsity: float = 0.6, batch: int = 2, samples: int = 8, seed: int = 0
+    layer: Layer,
+    config: TensorDash | None = None,
+    *,
+    sparsity: float = 0.6,
+    batch: int = 2,
+    samples: int = 8,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Compute output values from the scheduler's moves, and compare them with PyTorch's.
 
@@ -714,7 +748,11 @@ def value_check(
     w = integers(*image.weight_shape).requires_grad_()
     out = F.conv2d(x, w, None, image.stride, image.padding, image.dilation, image.groups)
     gy = integers(*out.shape)
-    tensors: dict[Operand, NDArray] = {"input": x.detach().numpy(), "weight": w.detach().numpy(), "grad_output": gy.numpy()}
+    tensors: dict[Operand, NDArray] = {
+        "input": x.detach().numpy(),
+        "weight": w.detach().numpy(),
+        "grad_output": gy.numpy(),
+    }
     # The gradient of the weights is that of the first image, so that one stream makes one value.
     (gx,) = torch.autograd.grad(out, x, gy, retain_graph=True)
     first = torch.zeros_like(gy)
@@ -729,7 +767,7 @@ def value_check(
             side = number % 2
             total, made = 0.0, 0
             if operands[0].size:
-                moves = schedule_moves(pack_lanes(operands[side] != 0), one_row)
+                moves = schedule_moves(pack_lanes(operands[side] != 0).T, one_row)
                 total, made = moves.multiply(*operands), int((moves.taken >= 0).sum())
             want = float(expected[product][index])
             row = (product, SIDES[product][side], total, want, operands[0].size, made)
@@ -737,20 +775,23 @@ def value_check(
     return pd.DataFrame(rows)
 
 
-def cycle_report(trace: Trace, configs: Mapping[str, TensorDash]) -> dict[str, float]:
+def cycle_report(
+    trace: Trace, configs: Mapping[str, TensorDash], *, minibatch: int | None = None
+) -> dict[str, float]:
     """What a training run logs of a trace: the sums of `summarise` for each product and configuration.
 
     Args:
         trace: The trace.
         configs: Name -> accelerator.
+        minibatch: See `simulate`.
 
     Returns:
         Numbers by "configuration/product/quantity"; "configuration/all/slowest" is the smallest speed-up of any product
         of any layer. `read_report` makes a table of them again.
     """
-    report = {}
+    report: dict[str, float] = {}
     for name, config in configs.items():
-        frame = simulate(trace, config)
+        frame = simulate(trace, config, minibatch=minibatch)
         for row in summarise(frame, ["product"]).to_dict("records"):
             report |= {f"{name}/{row['product']}/{quantity}": float(row[quantity]) for quantity in _SUMS}
         report[f"{name}/all/slowest"] = float(frame["speedup"].min())
@@ -765,8 +806,8 @@ def read_report(frame: pd.DataFrame, keep: Sequence[str] = ("arm", "seed", "epoc
         keep: Columns to keep.
 
     Returns:
-        One row a row of `frame`, configuration and product: the kept columns, config, product, and the quantities, ready
-        for `summarise`.
+        One row a row of `frame`, configuration and product: the kept columns, config, product, and the quantities,
+        ready for `summarise`.
     """
     names = [column for column in frame.columns if column.count("/") == 2 and column.split("/")[2] in _SUMS]
     if not names:

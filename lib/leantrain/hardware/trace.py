@@ -1,11 +1,13 @@
 """Traces: which operands of a network in training are zero.
 
 `capture` watches the convolutions and linear layers of any PyTorch model during one forward and one backward pass and
-keeps the zero masks of their inputs, weights and output gradients, packed to one bit a value (and the values, if asked).
+keeps the zero masks of their inputs, weights and output gradients, packed to one bit a value (and the values, if
+asked).
 `TraceCallback` does so within a Lightning training run. A trace is saved as one safetensors file and a JSON manifest.
 
-The masks are taken the moment a tensor passes, so nothing that overwrites it later can change them; the gradient comes
-from a hook on the layer's output tensor, which autograd calls before any in-place ReLU behind the layer has had its say.
+The masks are taken the moment a tensor passes, so nothing that overwrites it later can change them. The gradient comes
+from a hook on the layer's output tensor, put there before an in-place ReLU can follow: autograd then hands over the
+gradient of the output as the layer made it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
@@ -165,12 +167,15 @@ class Trace:
         layers = []
         for number, entry in enumerate(manifest["layers"]):
             shape_fields = ("kernel", "stride", "padding", "dilation", "in_size", "out_size")
-            layer = Layer(**{k: tuple(v) if k in shape_fields else v for k, v in entry["layer"].items()})
+            fields: dict[str, Any] = {k: tuple(v) if k in shape_fields else v for k, v in entry["layer"].items()}
+            layer = Layer(**fields)
             masks = {
                 name: Packed(tuple(mask["shape"]), tensors[f"{number}.{name}.mask"], mask["nonzero"])
                 for name, mask in entry["masks"].items()
             }
-            layers.append(LayerTrace(layer, masks, {name: tensors[f"{number}.{name}.values"] for name in entry["values"]}))
+            layers.append(
+                LayerTrace(layer, masks, {name: tensors[f"{number}.{name}.values"] for name in entry["values"]})
+            )
         return cls(tuple(layers), manifest["precision"], manifest["notes"])
 
 
@@ -185,7 +190,9 @@ class Recorder:
         limit: Bytes that must not be passed.
     """
 
-    def __init__(self, names: Sequence[str], samples: int | None, precision: Precision, values: bool, limit: int) -> None:
+    def __init__(
+        self, names: Sequence[str], samples: int | None, precision: Precision, values: bool, limit: int
+    ) -> None:
         self._names, self._samples, self._precision = names, samples, precision
         self._values, self._limit, self._bytes = values, limit, 0
         self._masks: dict[str, dict[Operand, Packed]] = {}
@@ -207,7 +214,7 @@ class Recorder:
         self._bytes += packed.bits.nbytes + (4 * packed.size if self._values else 0)
         if self._bytes > self._limit:
             raise ValueError(
-                f"the trace passes {self._limit} bytes at layer {name!r}; trace fewer samples or layers, or raise limit_bytes"
+                f"the trace passes {self._limit} bytes at layer {name!r}; trace fewer samples or raise limit_bytes"
             )
         self._masks[name][operand] = packed
         if self._values:
@@ -216,7 +223,9 @@ class Recorder:
     def start(self, name: str, layer: Layer) -> None:
         """Open the entry of a layer; each layer may run once."""
         if name in self._layers:
-            raise ValueError(f"layer {name!r} ran twice within one capture; trace one forward and one backward pass at a time")
+            raise ValueError(
+                f"layer {name!r} ran twice within one capture; trace one forward and one backward pass at a time"
+            )
         self._layers[name] = layer
         self._masks[name] = {}
         self._kept[name] = {}
@@ -234,7 +243,7 @@ class Recorder:
             missing = [operand for operand in _OPERANDS if operand not in self._masks.get(name, {})]
             if missing:
                 raise ValueError(
-                    f"layer {name!r} has no {' and no '.join(missing)}; run one forward and one backward pass within capture"
+                    f"layer {name!r} has no {' and no '.join(missing)}; capture a forward and a backward pass"
                 )
         entries = tuple(LayerTrace(layer, self._masks[n], self._kept[n]) for n, layer in self._layers.items())
         return Trace(entries, self._precision, dict(notes or {}))
@@ -285,7 +294,7 @@ def capture(
         def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
             recorder.start(name, layer_of(name, module, args[0], output))
             recorder.note(name, "input", args[0])
-            recorder.note(name, "weight", module.weight)
+            recorder.note(name, "weight", cast(Tensor, module.weight))
             if output.requires_grad:
                 output.register_hook(lambda gradient: recorder.note(name, "grad_output", gradient))
 
@@ -326,12 +335,17 @@ class TraceCallback(L.Callback):
         self.traces: list[Trace] = []
         self._open: tuple[Recorder, ExitStack] | None = None
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Put the hooks on before the last batch of an epoch."""
         last = batch_idx + 1 == trainer.num_training_batches
         if last and (self.epochs is None or trainer.current_epoch in self.epochs):
             stack = ExitStack()
-            self._open = (stack.enter_context(capture(pl_module, samples=self.samples, precision=self.precision)), stack)
+            self._open = (
+                stack.enter_context(capture(pl_module, samples=self.samples, precision=self.precision)),
+                stack,
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

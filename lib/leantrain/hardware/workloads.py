@@ -81,7 +81,14 @@ class Layer:
         for field in ("in_channels", "out_channels", "groups"):
             if getattr(self, field) < 1:
                 raise ValueError(f"layer {self.name!r}: {field} is {getattr(self, field)}; it must be at least 1")
-        for field, least in (("kernel", 1), ("stride", 1), ("dilation", 1), ("in_size", 1), ("out_size", 1), ("padding", 0)):
+        for field, least in (
+            ("kernel", 1),
+            ("stride", 1),
+            ("dilation", 1),
+            ("in_size", 1),
+            ("out_size", 1),
+            ("padding", 0),
+        ):
             value = getattr(self, field)
             if len(value) != 2 or min(value) < least:
                 raise ValueError(f"layer {self.name!r}: {field} is {value}; expected two numbers of at least {least}")
@@ -109,7 +116,9 @@ class Layer:
     def batch_as_image(self, batch: int) -> Layer:
         """A linear layer over `batch` samples, written as a convolution over one image of `batch` x 1 positions."""
         if self.kind != "linear":
-            raise ValueError(f"layer {self.name!r} is a {self.kind} layer; only a linear layer has its batch as an image")
+            raise ValueError(
+                f"layer {self.name!r} is a {self.kind} layer; only a linear layer has its batch as an image"
+            )
         return Layer(
             self.name,
             "conv",
@@ -236,7 +245,7 @@ def plain_cnn(
     hidden: int = 256,
     batch_norm: bool = False,
 ) -> nn.Sequential:
-    """A plain stack of 3x3 convolutions: a stage for each entry of `widths`, 2x2 max-pooling after each, two linear layers.
+    """A plain stack of 3x3 convolutions in stages, 2x2 max-pooling after each stage, and two linear layers.
 
     Args:
         in_channels: Channels of the image.

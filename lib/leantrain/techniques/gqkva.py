@@ -36,7 +36,7 @@ from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers.attention import Attention
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -285,7 +285,7 @@ class GroupedAttention(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     @classmethod
-    def from_attention(cls, attention: Attention, name: str) -> Self:
+    def from_attention(cls, attention: nn.Module, name: str) -> Self:
         """A variant of a timm attention layer, on the same device and in the same precision.
 
         The output projection, the norms of queries and keys and the dropouts are the layer's own. The new
@@ -295,7 +295,7 @@ class GroupedAttention(nn.Module):
         throws heads away; this is not a way to convert a trained model.
 
         Args:
-            attention: The layer to replace. Its `fused_attn` switch has no counterpart here: PyTorch's
+            attention: The timm `Attention` to replace. Its `fused_attn` switch has no counterpart here: PyTorch's
                 `scaled_dot_product_attention` is always used, which computes the same.
             name: Name of a variant, see :func:`variant`.
 
@@ -418,7 +418,7 @@ def group_attention(model: VisionTransformer, name: str) -> VisionTransformer:
     replacements = []
     for index, block in enumerate(blocks):
         try:
-            replacements.append(GroupedAttention.from_attention(block.attn, name))
+            replacements.append(GroupedAttention.from_attention(block.get_submodule("attn"), name))
         except ValueError as error:
             raise ValueError(f"block {index}: {error}") from error
     for block, replacement in zip(blocks, replacements, strict=True):
