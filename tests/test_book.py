@@ -232,6 +232,7 @@ def test_a_clean_notebook_passes():
         (prints("1/10\r2/10\r"), "progress-bar debris"),
         (prints("\x1b[32mok\x1b[0m"), "progress-bar debris"),
         (prints(" 40%|████      | 4/10 [00:01<00:02,  3.2it/s]"), "progress bar's text"),
+        (shows("text/plain", "<function f at 0x7f3a5c0d1e40>"), "memory address"),
         (prints("x" * 100_001), "readable page"),
         ({"output_type": "error", "ename": "ValueError", "evalue": "", "traceback": []}, "error output (ValueError)"),
     ],

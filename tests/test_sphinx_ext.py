@@ -168,6 +168,11 @@ def test_a_small_book_renders_without_a_warning_and_notices_when_a_chapter_goes_
     scores = Outline(html / "book" / "scoreboard.html")
     assert [a.get("href") for a in scores.all("a") if a.get("href") == "chapters/toy.html"]
     assert "stale" not in scores.text
+    front = Outline(html / "book" / "index.html")
+    assert re.search(r"First part \(2 papers\) ?The first\.", front.text)
+    assert re.search(
+        r'<dt>\s*<a class="reference internal" href="parts/first\.html"', (html / "book/index.html").read_text()
+    )
     part = Outline(html / "book" / "parts" / "first.html")
     assert "Toy (2023) ✓ reproduced" in part.text
     assert "Other (2024) … planned" in part.text

@@ -231,7 +231,8 @@ _TEXT_FAULTS = (
     (re.compile(r"Traceback \(most recent call last\)"), "a traceback"),
     (re.compile(r"\r(?!\n)"), "a carriage return (progress-bar debris)"),
     (re.compile(r"\x1b\["), "terminal control codes (progress-bar debris)"),
-    (re.compile(r"\d+%\|[ █▏▎▍▌▋▊▉#]*\||\bit/s\b|\d+s/it\b"), "a progress bar's text"),
+    (re.compile(r"\d+%\|[ █▏▎▍▌▋▊▉#]*\||\d\s?it/s\b|\ds/it\b"), "a progress bar's text"),
+    (re.compile(r"\bat 0x[0-9a-f]{6,}"), "a memory address"),
     (re.compile(r"(?:^|[\s\"'(\[=,>])(?:/[A-Za-z_][\w.+-]*){2,}"), "an absolute path"),
     (re.compile(r"(?:^|[\s\"'(\[=,>])~/\w|\bfile://|(?<![\w/])[A-Za-z]:\\\w"), "a path of one machine"),
     (

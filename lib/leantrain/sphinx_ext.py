@@ -1,10 +1,13 @@
 """The Sphinx extension that puts the catalogue and the records into the book's pages.
 
 Directives: `{scoreboard}` (every claim, its paper's value, what was found), `{tally}` (how many claims have
-which verdict) and `{paper-list}` (the papers of one part). Roles: ``{result}`claim-id` `` prints the published
-value of a claim with its interval, ``{verdict}`claim-id` `` its badge, so that no number is typed into prose;
-``claim-id/name`` asks for a named quantity. The page of a stale chapter opens with what changed since its run.
-An unknown claim, quantity or part is a Sphinx warning, which fails the book's build.
+which verdict), `{part-list}` (the parts of the book) and `{paper-list}` (the papers of one part).
+
+Roles: ``{result}`claim-id` `` prints the published value of a claim with its interval, ``{verdict}`claim-id` ``
+its badge, so that no number is typed into prose; ``claim-id/name`` asks for a named quantity.
+
+The page of a stale chapter opens with what changed since its run. An unknown claim, quantity or part is a
+Sphinx warning, which fails the book's build.
 
 The extension also brings MathJax along, so that formulas show without a network.
 """
@@ -255,6 +258,31 @@ class TallyDirective(SphinxDirective):
         return [BookHtml(markup=tally_html(_book(self.env).rows))]
 
 
+def _link(env: BuildEnvironment, docname: str, text: nodes.Node) -> nodes.Node:
+    """A link to a page; Sphinx warns if there is no such page."""
+    target = f"/{docname}"
+    link = addnodes.pending_xref(
+        "", text, refdomain="std", reftype="doc", reftarget=target, refexplicit=True, refwarn=True
+    )
+    link["refdoc"] = env.docname
+    return link
+
+
+class PartListDirective(SphinxDirective):
+    """`{part-list}`: the parts of the book, each with a sentence and the number of its papers."""
+
+    def run(self) -> list[nodes.Node]:
+        catalog = _book(self.env).catalog
+        items = []
+        for part in catalog.parts:
+            count = sum(paper.part == part.slug for paper in catalog.papers)
+            name = _link(self.env, f"book/parts/{part.slug}", nodes.strong("", part.title))
+            papers = f" ({count} paper{'' if count == 1 else 's'})"
+            term = nodes.term("", "", name, nodes.Text(papers))
+            items.append(nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph("", part.blurb))))
+        return [nodes.definition_list("", *items, classes=["lt-papers"])]
+
+
 class PaperListDirective(SphinxDirective):
     """`{paper-list}`: the papers of the part named by the option `part`, with idea and status."""
 
@@ -273,16 +301,7 @@ class PaperListDirective(SphinxDirective):
     def _item(self, book: _Book, paper: Paper) -> nodes.definition_list_item:
         name: nodes.Node = nodes.strong("", paper.short)
         if paper.built:
-            name = addnodes.pending_xref(
-                "",
-                name,
-                refdomain="std",
-                reftype="doc",
-                reftarget=f"/{_chapter(paper)}",
-                refexplicit=True,
-                refwarn=True,
-            )
-            name["refdoc"] = self.env.docname
+            name = _link(self.env, _chapter(paper), name)
         headlines = [book.row(claim).decision for claim in paper.claims if claim.headline]
         badges = "".join(badge(decision) for decision in dict.fromkeys(headlines))
         term = nodes.term("", "", name, nodes.Text(f" ({paper.year}) "), nodes.raw("", badges, format="html"))
@@ -417,6 +436,7 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     )
     app.add_directive("scoreboard", ScoreboardDirective)
     app.add_directive("tally", TallyDirective)
+    app.add_directive("part-list", PartListDirective)
     app.add_directive("paper-list", PaperListDirective)
     app.add_role("result", ResultRole())
     app.add_role("verdict", VerdictRole())
