@@ -13,7 +13,7 @@ import yaml
 from filelock import FileLock
 
 from leantrain import book, paths
-from leantrain.book import BookError, chapter_faults, paper_value, primary_quantity, scoreboard_rows, scrub, tally
+from leantrain.book import BookError, chapter_faults, primary_quantity, scoreboard_rows, scrub, tally
 from leantrain.catalog import Catalog, Claim, Quantity, Verdict, load_catalog
 from leantrain.records import read_record
 
@@ -143,7 +143,7 @@ def claim(**changes) -> Claim:
     ],
 )
 def test_the_papers_value_as_text(house, paper, unit, text):
-    assert paper_value(claim(paper=paper, unit=unit)) == text
+    assert claim(paper=paper, unit=unit).paper_text == text
 
 
 def test_the_quantity_beside_the_papers_value_is_the_first_that_the_rule_names(house):

@@ -169,7 +169,7 @@ def test_markup_is_escaped_and_words_stand_beside_colours(house):
     assert "reproduced" in badge(decision)
     assert "indicative" in badge(decision)
     table = claims_html([(claim, None, claim.decide(None))], "quick")
-    assert "2.0 x (unverified)" in table
+    assert "2 x (unverified)" in table
     assert "lower end ≥ 1.5" in table
 
 

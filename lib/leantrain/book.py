@@ -33,7 +33,6 @@ __all__ = [
     "build",
     "changes_since",
     "chapter_faults",
-    "paper_value",
     "primary_quantity",
     "scoreboard_rows",
     "scrub",
@@ -142,15 +141,6 @@ class ScoreRow:
     def verified(self) -> bool:
         """Whether the paper's value was checked against a citable source."""
         return self.claim.stated != "unverified"
-
-
-def paper_value(claim: Claim) -> str:
-    """The paper's value as text, a number with its unit; a dash where none is known."""
-    if claim.paper is None:
-        return "–"
-    if isinstance(claim.paper, str):
-        return claim.paper
-    return f"{claim.paper:g}{' ' + claim.unit if claim.unit else ''}"
 
 
 def primary_quantity(claim: Claim) -> str:

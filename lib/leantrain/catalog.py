@@ -158,13 +158,17 @@ class Rule(_Row):
 
 
 class Claim(_Row):
-    """One statement of a paper and how the book decides whether it holds here."""
+    """One statement of a paper and how the book decides whether it holds here.
+
+    `book/papers.yml` explains the fields. `units` gives the unit of a named quantity where it is not the claim's own.
+    """
 
     id: str = Field(pattern=r"^[a-z0-9-]+\.[a-z0-9-]+$")
     headline: bool = False
     sentence: Sentence
     metric: str = Field(min_length=1)
     unit: str
+    units: dict[str, str] = {}
     paper: float | str | None
     conditions: str = Field(min_length=1)
     stated: Literal["abstract", "repository", "summary", "text", "unverified"]
@@ -179,6 +183,17 @@ class Claim(_Row):
         """Changes when the rule, the unit or the minimal n changes: an older run is then stale."""
         fixed = self.model_dump(include={"id", "unit", "min_n", "rule", "out_of_reach", "tested"})
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def paper_text(self) -> str:
+        """The paper's value as text, a number with its unit; a dash where none is known."""
+        if self.paper is None:
+            return "–"
+        return self.paper if isinstance(self.paper, str) else f"{self.paper:g} {self.unit}".rstrip()
+
+    def unit_of(self, quantity: str) -> str:
+        """The unit of a measured quantity: its own where `units` names one, else the claim's."""
+        return self.units.get(quantity, self.unit)
 
     def decide(self, measured: Mapping[str, Quantity] | None) -> Decision:
         """Apply the rule to a measurement.

@@ -388,25 +388,28 @@ def claims_html(decisions: Iterable[tuple[Claim, Mapping[str, Quantity] | None, 
     e = html.escape
     rows = []
     for claim, measured, decision in decisions:
-        paper = "–" if claim.paper is None else f"{claim.paper}{' ' + claim.unit if claim.unit else ''}"
+        paper = claim.paper_text
         if claim.paper is not None and claim.stated == "unverified":
             paper += " (unverified)"
         if measured is None:
             here = claim.out_of_reach.get(profile, "Not measured.")  # type: ignore[call-overload]
         else:
             here = "; ".join(
-                ("" if name == "main" else f"{name.replace('_', ' ')}: ") + format_quantity(q, claim.unit)
+                ("" if name == "main" else f"{name.replace('_', ' ')}: ") + format_quantity(q, claim.unit_of(name))
                 for name, q in measured.items()
             )
         rule = " and ".join(map(str, claim.rule.reproduced))
         cells = [
             ("Claim", f"{e(claim.sentence)} <small>{e(claim.conditions)}; {claim.tested}</small>"),
-            ("Paper", e(str(paper))),
+            ("Paper", e(paper)),
             ("Here", e(here)),
             ("Reproduced if", e(rule)),
             ("Verdict", badge(decision)),
         ]
-        row = "".join(f"<td data-label='{label}'>{body}</td>" for label, body in cells)
-        rows.append(f"<tr id='claim-{claim.id.replace('.', '-')}'>{row}</tr>")
-    head = "".join(f"<th scope='col'>{label}</th>" for label in ("Claim", "Paper", "Here", "Reproduced if", "Verdict"))
-    return f"<table class='lt-claims'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        row = "".join(f"<td role='cell' data-label='{label}'>{body}</td>" for label, body in cells)
+        rows.append(f"<tr role='row' id='claim-{claim.id.replace('.', '-')}'>{row}</tr>")
+    head = "".join(
+        f"<th scope='col' role='columnheader'>{label}</th>"
+        for label in ("Claim", "Paper", "Here", "Reproduced if", "Verdict")
+    )
+    return f"<table class='lt-claims' role='table'><thead role='rowgroup'><tr role='row'>{head}</tr></thead><tbody role='rowgroup'>{''.join(rows)}</tbody></table>"

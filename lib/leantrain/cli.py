@@ -107,10 +107,9 @@ def show(slug: str) -> None:
     rows = []
     for claim in paper.claims:
         measured = record.measurements.get(claim.id) if record else None
-        here = "; ".join(format_quantity(q, claim.unit) for q in measured.values()) if measured else "–"
+        here = "; ".join(format_quantity(q, claim.unit_of(n)) for n, q in measured.items()) if measured else "–"
         verdict = str(claim.decide(measured)) if record else "–"
-        value = "–" if claim.paper is None else f"{claim.paper} {claim.unit}".strip()
-        rows.append((claim.id, claim.sentence, value, here, verdict))
+        rows.append((claim.id, claim.sentence, claim.paper_text, here, verdict))
     _table(["claim", "sentence", "paper", "here", "verdict"], rows)
     click.echo(f"Result at {profile}: {state}" if paper.built else "No chapter yet.")
     if paper.built:

@@ -36,7 +36,6 @@ from leantrain.book import (
     Result,
     ScoreRow,
     changes_since,
-    paper_value,
     primary_quantity,
     scoreboard_rows,
     tally,
@@ -165,7 +164,7 @@ _TESTED = {"exact": "counted at full size", "full-size": "measured at full size"
 
 def _claim_html(row: ScoreRow, with_local: bool) -> str:
     e, claim = html.escape, row.claim
-    value = e(paper_value(claim))
+    value = e(claim.paper_text)
     if claim.paper is not None and not row.verified:
         value += " <span class='lt-unverified'>unverified</span>"
     cells = [

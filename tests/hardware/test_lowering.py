@@ -1,4 +1,4 @@
-"""Tests of the lowering: against torch's unfold and autograd, against the operand vectors, counts, bounds, bad input."""
+"""Tests of the lowering: against torch's unfold and autograd, against the operand vectors, counts, bad input."""
 
 from __future__ import annotations
 
@@ -172,6 +172,6 @@ def test_bad_input_is_refused():
         pack_lanes(mask, 17)
     with pytest.raises(ValueError, match="weight is missing"):
         operand_vectors(layer, "forward", {"input": mask}, (0, 0, 0, 0))
+    tensors = operands(layer) | {"grad_output": operands(layer)["grad_output"][:1]}
     with pytest.raises(ValueError, match="different batches"):
-        tensors = operands(layer) | {"grad_output": operands(layer)["grad_output"][:1]}
         operand_vectors(layer, "wgrad", tensors, (0, 0, 0, 0, 0))

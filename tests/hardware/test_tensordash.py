@@ -228,7 +228,7 @@ def rows_met(layer: Layer, product: str, axis: int, tap: int) -> int:
 @pytest.mark.parametrize("layer", SHAPES, ids=lambda layer: layer.name)
 @pytest.mark.parametrize("zeros", [(0.7, 0.1, 0.5), (0.2, 0.9, 0.3), (0.8, 0.4, 0.6)])
 def test_simulated_work_is_the_count_of_non_zero_products(layer, zeros):
-    """The work that the scheduler reports against a count by autograd: masks in place of values, ones on the other side."""
+    """The work that the scheduler reports against a count by autograd: masks for values, ones on the other side."""
     entry = traced(layer, batch=3, zeros=zeros)
     config = TensorDash(rows=4, columns=1, tiles=1)
     frame = simulate(entry, config).set_index("product")
