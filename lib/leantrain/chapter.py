@@ -22,6 +22,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,9 @@ from leantrain.records import MIME, Fingerprint, Provenance, Record, fingerprint
 if TYPE_CHECKING:
     from leantrain.experiment import Arm, Experiment
     from leantrain.measure.statistics import Estimate
+
+# tqdm, which several libraries load, advises every notebook to install a progress bar that the book does not use.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 __all__ = ["Chapter", "badge", "card_html", "claims_html", "format_quantity"]
 
@@ -408,8 +412,10 @@ def claims_html(decisions: Iterable[tuple[Claim, Mapping[str, Quantity] | None, 
         ]
         row = "".join(f"<td role='cell' data-label='{label}'>{body}</td>" for label, body in cells)
         rows.append(f"<tr role='row' id='claim-{claim.id.replace('.', '-')}'>{row}</tr>")
-    head = "".join(
-        f"<th scope='col' role='columnheader'>{label}</th>"
-        for label in ("Claim", "Paper", "Here", "Reproduced if", "Verdict")
+    labels = ("Claim", "Paper", "Here", "Reproduced if", "Verdict")
+    head = "".join(f"<th scope='col' role='columnheader'>{label}</th>" for label in labels)
+    # Roles keep it a table for screen readers where the style sheet of a phone lays rows out as cards.
+    return (
+        f"<table class='lt-claims' role='table'><thead role='rowgroup'><tr role='row'>{head}</tr></thead>"
+        f"<tbody role='rowgroup'>{''.join(rows)}</tbody></table>"
     )
-    return f"<table class='lt-claims' role='table'><thead role='rowgroup'><tr role='row'>{head}</tr></thead><tbody role='rowgroup'>{''.join(rows)}</tbody></table>"

@@ -223,6 +223,8 @@ def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) ->
         "cell_timeout": job.cell_timeout,
     }
     environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1", "LEANTRAIN_ROOT": str(paths.ROOT)}
+    # tqdm advises every notebook to install widgets, with a path of this machine in the message.
+    environment["PYTHONWARNINGS"] = "ignore:IProgress not found"
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         environment.setdefault(name, str(threads))
     process = subprocess.Popen(
