@@ -29,8 +29,12 @@ def test_show_prints_claims_verdicts_and_parameters(executed):
 
 
 def test_status_says_what_is_missing_stale_or_fresh(executed):
-    lines = [line.split() for line in call("status").output.splitlines() if "toy" in line]
-    assert lines == [["toy", "quick", "missing"], ["toy", "book", "fresh"]]
+    lines = [" ".join(line.split()) for line in call("status").output.splitlines() if "toy" in line]
+    assert lines == [
+        "toy quick, reference outputs incomplete: toy.ipynb is not complete: it has no completion stamp",
+        "toy quick, this machine missing",
+        "toy book, published fresh",
+    ]
     (executed.root / "requirements.lock").write_text("changed")
     assert "stale: the locked packages" in call("status", "toy").output
 

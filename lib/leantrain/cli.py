@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -45,10 +46,10 @@ def _papers(slugs: Sequence[str]) -> list[Paper]:
         raise _Failure(str(error)) from None
 
 
-def _record(paper: Paper, profile: str) -> tuple[Record | None, str]:
-    """A paper's record at a profile, with its state in words."""
+def _record(paper: Paper, path: Path) -> tuple[Record | None, str]:
+    """The record in an executed notebook, with its state in words."""
     try:
-        record = read_record(run_path(paper, profile))
+        record = read_record(path)
     except IncompleteRun as error:
         return None, "missing" if "is missing" in str(error) else f"incomplete: {error}"
     try:
@@ -100,10 +101,10 @@ def show(slug: str) -> None:
     )
     click.echo(f"\n{paper.idea}\n")
     profile = "book"
-    record, state = _record(paper, profile) if paper.built else (None, "planned")
+    record, state = _record(paper, run_path(paper, profile)) if paper.built else (None, "planned")
     if record is None and paper.built:
         profile = "quick"
-        record, state = _record(paper, profile)
+        record, state = _record(paper, run_path(paper, profile))
     rows = []
     for claim in paper.claims:
         measured = record.measurements.get(claim.id) if record else None
@@ -260,11 +261,9 @@ def status(slugs: Sequence[str]) -> None:
         if not paper.built:
             rows.append((paper.slug, "–", "planned"))
             continue
-        for profile in ("quick", "book"):
-            try:
-                rows.append((paper.slug, profile, _record(paper, profile)[1]))
-            except ParameterError as error:
-                rows.append((paper.slug, profile, f"cannot tell: {error}"))
+        places = {"quick, reference outputs": paper.notebook_path}
+        places |= {"quick, this machine": run_path(paper, "quick"), "book, published": run_path(paper, "book")}
+        rows += [(paper.slug, place, _record(paper, path)[1]) for place, path in places.items()]
     _table(["chapter", "profile", "result"], rows)
 
 
