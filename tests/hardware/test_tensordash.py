@@ -357,6 +357,24 @@ def test_bad_configurations_are_refused_by_name(options, message):
         TensorDash(**options)
 
 
+def test_time_of_cycles():
+    assert TensorDash().seconds(3_838_464) == pytest.approx(7.677e-3, rel=1e-3)
+    assert TensorDash().macs_per_cycle == 4096
+
+
+def test_threads_leave_the_pools_of_numba_and_torch_alone(monkeypatch):
+    """Asking Numba for its threads starts a pool that slows PyTorch in the same process."""
+    import numba
+
+    def refuse():
+        raise AssertionError("Numba's thread pool was started")
+
+    monkeypatch.setattr(numba, "get_num_threads", refuse)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    words = random_streams(0.5, groups=3000, rows=4, steps=50)
+    assert schedule(words).cycles.tolist() == schedule(words, threads=1).cycles.tolist()
+
+
 def test_levels_without_conflict_are_accepted():
     one_by_one = TensorDash(rows=1, levels=tuple((lane,) for lane in range(16)))
     words = random_streams(0.5, groups=4, rows=1, steps=40)

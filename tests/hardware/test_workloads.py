@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from leantrain.hardware.workloads import (
+    NETWORKS,
     TORCHVISION_NETWORKS,
     Layer,
+    build_network,
     build_torchvision,
     dense_net,
     fire_net,
@@ -104,7 +106,22 @@ def test_bad_layers_are_refused_by_name(change, message):
         Layer(**({"name": "a", "kind": "conv", "in_channels": 4, "out_channels": 4} | change))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_are_built_by_name(name):
+    full = name in TORCHVISION_NETWORKS
+    with torch.device("meta") if full else torch.device("cpu"):
+        model = build_network(name, in_channels=3 if full else 1, image_size=224 if full else 8, num_classes=7)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == NETWORKS[name]
+    shape = (3, 224, 224) if full else (1, 8, 8)
+    *_, last = layers_of(model, shape)
+    assert last.out_channels == 7
+
+
 def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="network 'lenet' is unknown"):
+        build_network("lenet")
+    with pytest.raises(ValueError, match="images of 3 channels, not 1"):
+        build_network("vgg16", in_channels=1)
     with pytest.raises(ValueError, match="network 'lenet' is unknown"):
         build_torchvision("lenet")
     with pytest.raises(ValueError, match="pads with 'reflect'"):

@@ -13,8 +13,9 @@ import timm.optim
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from leantrain.techniques.adan import Adan, Coefficients, adan_update
 from torch import Tensor, nn
+
+from leantrain.techniques.adan import Adan, Coefficients, adan_update
 
 BETAS = (0.98, 0.92, 0.99)
 PATHS = pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])

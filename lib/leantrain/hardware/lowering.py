@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -163,12 +164,13 @@ def _axis_taps(
     return found
 
 
-def phases(layer: Layer, product: Product) -> list[Phase]:
+@lru_cache(maxsize=256)
+def phases(layer: Layer, product: Product) -> tuple[Phase, ...]:
     """The index tables of a product: which value each output position reads at each kernel tap.
 
     For "forward" and "wgrad" there is one phase, over the output positions, that reads the input. For "dgrad" the
     phases cover the input positions and read the output gradient; a phase without taps (its gradients are zero
-    whatever the operands) is left out.
+    whatever the operands) is left out. The tables of the layers last asked for are kept; do not write into them.
     """
     width = (layer.in_size if product != "dgrad" else layer.out_size)[1] + 1
     row_length = (layer.out_size if product != "dgrad" else layer.in_size)[1]
@@ -187,7 +189,7 @@ def phases(layer: Layer, product: Product) -> list[Phase]:
                     source=source.reshape(count, taps),
                 )
             )
-    return result
+    return tuple(result)
 
 
 def stream_sets(layer: Layer, product: Product, side: Operand, *, lanes: int = 16, batch: int = 1) -> list[StreamSet]:

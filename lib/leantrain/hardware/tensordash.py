@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numba
 import numpy as np
@@ -38,12 +38,16 @@ from leantrain.hardware.lowering import (
 from leantrain.hardware.trace import LayerTrace, Trace
 from leantrain.hardware.workloads import PRODUCTS, Layer, Product
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 __all__ = [
     "Moves",
     "Schedule",
     "TensorDash",
     "cycle_report",
     "dense_cycles",
+    "draw_cycle",
     "random_streams",
     "read_report",
     "schedule",
@@ -62,6 +66,8 @@ _DNNSIM = ((0, 0), (1, -1), (1, 0), (1, 1), (1, 3), (2, -2), (2, 0), (2, 2))
 _LEVELS = ((0, 5, 10), (1, 6, 11), (2, 7, 12), (3, 8, 13), (4, 9, 14), (15,))
 #: Lanes that an option may reach to either side.
 _REACH = 3
+#: Fewer steps than this are not worth a second thread.
+_ALONE = 1 << 18
 #: Streams that advance side by side in one block of the fast kernel.
 _BLOCK = 256
 
@@ -146,6 +152,10 @@ class TensorDash:
         if self.levels is not None:
             return self.levels
         return _LEVELS
+
+    def seconds(self, cycles: float) -> float:
+        """Time of so many cycles at the configured clock."""
+        return cycles / (self.frequency_mhz * 1e6)
 
     @property
     def macs_per_cycle(self) -> int:
@@ -411,6 +421,47 @@ class Schedule:
     lockstep: NDArray[np.int64]
 
 
+def draw_cycle(axes: Axes, words: Words, moves: Moves, cycle: int, *, row: int = 0, depth: int = 3) -> None:
+    """Draw the staging buffer of one row in one cycle, and which pair each multiplier took, from the log of the moves.
+
+    Args:
+        axes: Where to draw.
+        words: Non-zero bits of the tile group, (rows, steps), that the moves were made for.
+        moves: The log.
+        cycle: The cycle, from 0.
+        row: The row.
+        depth: Steps in the staging buffer.
+    """
+    from matplotlib.patches import Rectangle
+
+    head = int(moves.start[cycle])
+    before = moves.taken[:cycle, row]
+    gone = set(before[before >= 0].tolist())
+    for ahead in range(depth):
+        for lane in range(16):
+            step = head + ahead
+            work = step < moves.steps and bool(words[row, step] >> lane & 1)
+            fresh = work and step * 16 + lane not in gone
+            face = "#c9d8ea" if fresh else "#f1f1f1" if work else "white"
+            axes.add_patch(
+                Rectangle((lane - 0.42, ahead + 0.58), 0.84, 0.84, facecolor=face, edgecolor="#9a9a9a", lw=0.7)
+            )
+    for lane, pair in enumerate(moves.taken[cycle, row].tolist()):
+        axes.plot(lane, -0.35, "o", markersize=11, color="#0566aa" if pair >= 0 else "white", markeredgecolor="#202225")
+        if pair < 0:
+            continue
+        ahead, source = pair // 16 - head + 1, pair % 16
+        # A pair from beyond the end of the ring enters from the nearer side.
+        shift = source - lane - 16 * round((source - lane) / 16)
+        arrow = {"arrowstyle": "-|>", "color": "#0566aa" if (ahead, shift) == (1, 0) else "#a00119", "lw": 1.2}
+        axes.annotate("", xy=(lane, -0.05), xytext=(lane + shift, ahead), arrowprops=arrow, annotation_clip=False)
+    axes.set(xlim=(-1.6, 16.6), ylim=(-0.8, depth + 0.6), xticks=range(0, 16, 5), yticks=[-0.35, *range(1, depth + 1)])
+    axes.set_yticklabels(["multipliers", *(f"step {head + ahead}" for ahead in range(depth))])
+    axes.grid(visible=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+
+
 def _checked(words: Words, config: TensorDash) -> Words:
     words = np.ascontiguousarray(words)
     if words.dtype != np.uint16:
@@ -428,7 +479,7 @@ def schedule(words: Words, config: TensorDash | None = None, *, threads: int | N
     Args:
         words: Non-zero bits of the scheduled operand, (groups, rows, steps); lane 0 is the lowest bit.
         config: The accelerator; the default one if left out.
-        threads: Threads to use; by default what Numba and `OMP_NUM_THREADS` allow.
+        threads: Threads to use; by default one a processor, at most `OMP_NUM_THREADS`.
 
     Returns:
         Cycles and idle multipliers of each group. A dense element takes `steps` cycles.
@@ -453,7 +504,7 @@ def schedule(words: Words, config: TensorDash | None = None, *, threads: int | N
 
     workers = threads or _threads()
     share = -(-groups // workers)
-    if workers == 1 or groups <= 2 * slots:
+    if workers == 1 or words.size < _ALONE or groups <= 2 * slots:
         run(0, groups)
     else:
         with ThreadPoolExecutor(workers) as pool:
@@ -462,8 +513,13 @@ def schedule(words: Words, config: TensorDash | None = None, *, threads: int | N
 
 
 def _threads() -> int:
+    """Processors at hand, at most `OMP_NUM_THREADS`.
+
+    Numba's own count is not asked for: it starts Numba's thread pool, which slows PyTorch in the same process manyfold.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = os.environ.get("OMP_NUM_THREADS", "")
-    return min(numba.get_num_threads(), int(allowed)) if allowed.isdigit() and int(allowed) else numba.get_num_threads()
+    return min(cores, int(allowed)) if allowed.isdigit() and int(allowed) else cores
 
 
 def schedule_moves(words: Words, config: TensorDash | None = None) -> Moves:
@@ -775,9 +831,7 @@ def value_check(
     return pd.DataFrame(rows)
 
 
-def cycle_report(
-    trace: Trace, configs: Mapping[str, TensorDash], *, minibatch: int | None = None
-) -> dict[str, float]:
+def cycle_report(trace: Trace, configs: Mapping[str, TensorDash], *, minibatch: int | None = None) -> dict[str, float]:
     """What a training run logs of a trace: the sums of `summarise` for each product and configuration.
 
     Args:

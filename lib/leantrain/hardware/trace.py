@@ -313,8 +313,8 @@ class TraceCallback(L.Callback):
         samples: Keep only the first so many samples of the batch.
         epochs: Numbers of the epochs to trace, from 0; all by default.
         precision: Round to this format before looking for zeros.
-        report: Called with each trace; the numbers it returns are logged as metrics of the epoch, and the trace is
-            dropped. Without it the traces are kept in `traces`.
+        report: Called with each trace; the numbers it returns become metrics of the epoch
+            (`trainer.callback_metrics`), and the trace is dropped. Without it the traces are kept in `traces`.
         folder: Save each trace here, as epoch-000.safetensors and epoch-000.json and so on.
 
     Attributes:
@@ -361,8 +361,8 @@ class TraceCallback(L.Callback):
         if self.report is None:
             self.traces.append(trace)
         else:
-            metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.report(trace).items()}
-            pl_module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1)
+            # Not by `log_dict`: Lightning builds a metric object for each name, seconds for hundreds of them.
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.report(trace).items()})
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Take the hooks off when a run fails within the traced batch."""

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 __all__ = [
     "PRODUCTS",
+    "NETWORKS",
     "TORCHVISION_NETWORKS",
     "Layer",
     "Product",
+    "build_network",
     "build_torchvision",
     "dense_net",
     "fire_net",
@@ -36,6 +38,21 @@ PRODUCTS: tuple[Product, ...] = get_args(Product)
 
 #: The ImageNet networks whose layer tables the emulator chapters use.
 TORCHVISION_NETWORKS = ("alexnet", "vgg16", "resnet18", "resnet50", "squeezenet1_0", "densenet121")
+
+#: All networks that `build_network` knows, with whether they use batch normalisation.
+NETWORKS = {
+    "plain": False,
+    "plain-bn": True,
+    "plain-pruned": False,
+    "fire": False,
+    "dense": True,
+    "alexnet": False,
+    "vgg16": False,
+    "squeezenet1_0": False,
+    "resnet18": True,
+    "resnet50": True,
+    "densenet121": True,
+}
 
 _KINDS = ("conv", "linear")
 
@@ -366,3 +383,38 @@ def prune_weights(model: nn.Module, fraction: float) -> nn.Module:
             module.weight.mul_((1 - fraction) ** -0.5)
         prune.random_unstructured(module, "weight", fraction)
     return model
+
+
+def build_network(name: str, *, in_channels: int = 3, image_size: int = 32, num_classes: int = 10) -> nn.Module:
+    """A network by its name, randomly initialised.
+
+    Args:
+        name: One of `NETWORKS`. "plain" and "plain-bn" are `plain_cnn`, "plain-pruned" the same with 90 % of its
+            weights fixed at zero, "fire" is `fire_net`, "dense" is `dense_net`; the others are torchvision's.
+        in_channels: Channels of the image; 3 for a torchvision network.
+        image_size: Height and width of the image; below 32 the small networks have fewer and narrower layers.
+        num_classes: Outputs.
+
+    Raises:
+        ValueError: If the name is unknown, or a torchvision network is asked for other than three channels.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"network {name!r} is unknown; expected one of {', '.join(NETWORKS)}")
+    if name in TORCHVISION_NETWORKS:
+        if in_channels != 3:
+            raise ValueError(f"network {name!r} takes images of 3 channels, not {in_channels}")
+        return build_torchvision(name, num_classes=num_classes)
+    tiny = image_size < 32
+    if name == "fire":
+        return fire_net(in_channels=in_channels, num_classes=num_classes, width=8 if tiny else 16)
+    if name == "dense":
+        return dense_net(in_channels=in_channels, num_classes=num_classes, growth=8 if tiny else 12)
+    model = plain_cnn(
+        in_channels=in_channels,
+        image_size=image_size,
+        num_classes=num_classes,
+        widths=((16, 16), (32, 32)) if tiny else ((32, 32), (64, 64), (128, 128)),
+        hidden=64 if tiny else 256,
+        batch_norm=name == "plain-bn",
+    )
+    return prune_weights(model, 0.9) if name == "plain-pruned" else model
