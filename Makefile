@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+# Threads that spin while they wait slow everything down as soon as the machine is shared.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: book test env lint unit notebooks benchmarks lock clean
 
 book: env

@@ -363,7 +363,7 @@ def test_time_of_cycles():
 
 
 def test_threads_leave_the_pools_of_numba_and_torch_alone(monkeypatch):
-    """Asking Numba for its threads starts a pool that slows PyTorch in the same process."""
+    """Asking Numba for its threads starts its pool and changes how many PyTorch uses."""
     import numba
 
     def refuse():

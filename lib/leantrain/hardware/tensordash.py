@@ -515,7 +515,8 @@ def schedule(words: Words, config: TensorDash | None = None, *, threads: int | N
 def _threads() -> int:
     """Processors at hand, at most `OMP_NUM_THREADS`.
 
-    Numba's own count is not asked for: it starts Numba's thread pool, which slows PyTorch in the same process manyfold.
+    Numba's own count is not asked for: that starts Numba's thread pool and changes the number of OpenMP threads that
+    PyTorch works with in the same process.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = os.environ.get("OMP_NUM_THREADS", "")
