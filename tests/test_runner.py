@@ -66,6 +66,14 @@ def test_a_complete_run_lands_with_its_record_and_is_not_repeated(house):
     before = house.chapter.stat().st_mtime_ns
     assert run()[0].status == "fresh"
     assert house.chapter.stat().st_mtime_ns == before
+
+    source = house.root / "notebooks/toy.ipynb"
+    source.write_text(source.read_text().replace("# Toy", "# A better title"))
+    assert run()[0].status == "fresh", "prose alone makes nothing stale"
+    assert "# A better title" in house.chapter.read_text()
+    assert "injected-parameters" in house.chapter.read_text()
+    assert records.read_record(house.chapter) == record
+
     assert run(force=True)[0].status == "done"
     assert house.chapter.stat().st_mtime_ns != before
 

@@ -183,6 +183,7 @@ def _run(job: Job, threads: int, force: bool, stop: threading.Event, report: Pro
     try:
         with lock.acquire(timeout=0):
             if not force and not job.store and _is_fresh(job):
+                _renew_prose(job)
                 return Outcome(job, "fresh")
             report(job.paper.slug, "started", {})
             cause = _execute(job, threads, stop, report)
@@ -207,6 +208,21 @@ def _is_fresh(job: Job) -> bool:
     except IncompleteRun:
         return False
     return freshness(record, job.paper, job.parameters).state == "fresh"
+
+
+def _renew_prose(job: Job) -> None:
+    """Give a fresh result the text, captions and tags of its source; what was executed stays as it is."""
+    source = json.loads(job.source.read_text(encoding="utf-8"))
+    executed = json.loads(job.target.read_text(encoding="utf-8"))
+    ran = {cell["id"]: cell for cell in executed["cells"] if cell["cell_type"] == "code"}
+    injected = [cell for cell in ran.values() if "injected-parameters" in cell["metadata"].get("tags", [])]
+    cells: list[dict[str, Any]] = []
+    for cell in source["cells"]:
+        cells.append(ran[cell["id"]] | {"metadata": cell["metadata"]} if cell["id"] in ran else cell)
+        if "parameters" in cell["metadata"].get("tags", []):
+            cells += injected
+    if cells != executed["cells"]:
+        paths.write_atomically(job.target, json.dumps(executed | {"cells": cells}, indent=1, ensure_ascii=False) + "\n")
 
 
 def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) -> str | None:

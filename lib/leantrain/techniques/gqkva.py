@@ -371,10 +371,7 @@ class GroupedAttention(nn.Module):
         Without a mask a query does not know which token it came from. So the m = h / n_kv queries that meet the
         same keys can lie end to end, as one head with mN queries. Keys and values are then read in place.
 
-        Forward and backward of one ViT-small layer (fp32, batch 4, one thread, medians of 40 interleaved repeats)
-        took, in per cent of multi-head attention's time: GQKVA-3.2 77 with indexing, 78 with expanded copies, 72
-        folded; GQA-3 88, 89, 86; MQA 78, 75, 72 (PyTorch's `enable_gqa`, where it applies: 83 and 71).
-        At 65 tokens and batch 128 the gap is wider: GQKVA-3.2 81, 83, 68.
+        `benchmarks/gqkva_attention.py` times this against indexing, expanded views and PyTorch's `enable_gqa`.
         """
         batch, _, tokens, width = q.shape
         met = self.num_heads // self.n_kv
