@@ -45,7 +45,7 @@ def measure(chapter, answer=42.0):
 
 
 def test_parameters_are_checked_and_put_back_in_their_types(house):
-    chapter, namespace = begin(answer=41)
+    chapter, namespace = begin(answer=41, PALETTE=("#000000",))  # an imported constant is no parameter
     assert type(namespace["answer"]) is float
     assert chapter.profile == "book"
 

@@ -271,15 +271,20 @@ class Chapter:
 def _given(namespace: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters among the names of a notebook that has just started.
 
-    Right after the parameters cell a notebook holds nothing but parameters, imports and IPython's own names: any
-    other plain value was injected under a name that the chapter does not have, which papermill only warns about.
+    Right after the parameters cell a notebook holds nothing but parameters, imports (constants in capitals among them)
+    and IPython's own names: any other plain value was injected under a name that the chapter does not have, which
+    papermill only warns about.
     """
     shell = {"In", "Out", "exit", "quit", "get_ipython", "open"}
     plain = (bool, int, float, str, list, tuple, dict, type(None))
     strangers = [
         name
         for name, value in namespace.items()
-        if not name.startswith("_") and name not in shell and name not in known and isinstance(value, plain)
+        if not name.startswith("_")
+        and not name.isupper()
+        and name not in shell
+        and name not in known
+        and isinstance(value, plain)
     ]
     if strangers:
         raise ParameterError(

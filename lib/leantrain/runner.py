@@ -244,7 +244,8 @@ def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) ->
     # Threads that spin while they wait make a small model tenfold slower as soon as something else runs.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        environment.setdefault(name, str(threads))
+        # One limit for all: a reader's OMP_NUM_THREADS holds for the other libraries too.
+        environment.setdefault(name, os.environ.get("OMP_NUM_THREADS", str(threads)))
     process = subprocess.Popen(
         [sys.executable, "-m", "leantrain.worker", json.dumps(spec)],
         stdin=subprocess.PIPE,
