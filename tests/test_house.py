@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -118,7 +117,8 @@ def test_no_committed_file_names_a_machine():
         assert not relative.startswith("data/") or relative.startswith("data/cards/") or relative == "data/README.md"
         if path.suffix in (".py", ".md", ".yml", ".toml", ".ipynb", ".css", ".bib", ".lock", ".cff") and path.exists():
             found = pattern.search(path.read_text(encoding="utf-8"))
-            assert path == Path(__file__) or not found, f"{relative}: {found and found[0]}"
+            # Tests name such folders on purpose, to see that they are found.
+            assert relative.startswith("tests/") or not found, f"{relative}: {found and found[0]}"
 
 
 def blocks(page, language):
