@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -316,6 +317,13 @@ def _clean(notebook: dict[str, Any]) -> None:
     for cell in notebook["cells"]:
         for key in ("papermill", "execution", "ExecuteTime"):
             cell["metadata"].pop(key, None)
+        for output in cell.get("outputs", []):
+            if "text/plain" in output.get("data", {}):
+                # A styled table, as text, is the address of an object.
+                lines = output["data"]["text/plain"]
+                output["data"]["text/plain"] = re.sub(r" at 0x[0-9a-f]{6,}", "", "".join(lines)).splitlines(
+                    keepends=True
+                )
         if cell["metadata"].get("tags") == []:
             cell["metadata"].pop("tags")
 
