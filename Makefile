@@ -3,8 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# Threads that spin while they wait slow everything down as soon as the machine is shared.
-export OMP_WAIT_POLICY ?= passive
+# Threads that spin for long while they wait slow everything down as soon as the machine is shared.
+export GOMP_SPINCOUNT ?= 2000
 
 .PHONY: book test env lint unit notebooks benchmarks lock clean
 
