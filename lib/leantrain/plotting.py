@@ -107,10 +107,11 @@ def use_style() -> _Restore:
         A context manager that puts the former settings back at the end of its block. Ignore it to keep the style.
 
     Example:
+        >>> before = mpl.rcParams["axes.spines.top"]
         >>> with use_style():
         ...     mpl.rcParams["axes.spines.top"]
         False
-        >>> mpl.rcParams["axes.spines.top"]
+        >>> mpl.rcParams["axes.spines.top"] == before
         True
     """
     before = {name: _SETTINGS[name] for name in STYLE}
