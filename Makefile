@@ -38,10 +38,14 @@ notebooks: env
 benchmarks: env
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
-# Resolves pyproject.toml anew for Python 3.11 on Linux and macOS; needs `uv` on the path.
+# Resolves pyproject.toml for Python 3.11 on Linux and macOS, keeping the versions that still fit (`rm requirements.lock`
+# first for the newest); needs `uv` on the path. The `# via` comments say what brought a package in: a chapter's
+# freshness depends on the packages that it reaches.
 lock:
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate --quiet \
-	  | grep -v "python_full_version >= '3.1[2-9]'" | sed -E "s/ ; python_full_version < '3.1[2-9]'$$//" > requirements.lock.new
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --annotation-style line --quiet \
+	  --output-file requirements.lock
+	sed -E -e "/python_full_version >= '3.1[2-9]'/d" -e "s/ ; python_full_version < '3.1[2-9]'( #|$$)/\1/" -e "s/ +# via/ # via/" \
+	  requirements.lock > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 clean:

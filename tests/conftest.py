@@ -130,14 +130,22 @@ class House:
         return path
 
 
+#: A lock in the form of the real one: sphinx is reached by no chapter, sympy through torch.
+LOCK = """\
+sphinx==7.4.7 # via jupyter-book
+sympy==1.14 # via torch
+torch==2.14.1 ; sys_platform == 'linux' # via leantrain (pyproject.toml)
+"""
+
+
 @pytest.fixture
 def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     root = tmp_path / "house"
     for folder in ("book/chapters", "notebooks/profiles/book", "notebooks/profiles/paper", "lib/leantrain", "data"):
         (root / folder).mkdir(parents=True)
     (root / "book" / "papers.yml").write_text(PAPERS)
-    (root / "requirements.lock").write_text("torch==2.14.1\n")
-    (root / "lib" / "leantrain" / "experiment.py").write_text("LIMIT = 1\n")
+    (root / "requirements.lock").write_text(LOCK)
+    (root / "lib" / "leantrain" / "experiment.py").write_text("import torch\n\nLIMIT = 1\n")
     for profile in ("book", "paper"):
         (root / f"notebooks/profiles/{profile}/toy.yml").write_text(f"profile: {profile}\nseeds: [0, 1, 2]\n")
     for name, place in {

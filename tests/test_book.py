@@ -101,7 +101,10 @@ def test_a_stale_record_keeps_its_verdict_and_says_what_changed(executed):
     record = read_record(executed.chapter)
     (executed.root / "requirements.lock").write_text("torch==2.15.0\n")
     found = {r.claim.id: r for r in scoreboard_rows(load_catalog(), {"toy": record}, {})}
-    assert found["toy.answer"].published.changes == ("the locked packages",)
+    assert found["toy.answer"].published.changes == (
+        "package sympy (1.14 then, not reached now)",
+        "package torch (2.14.1 then, 2.15.0 now)",
+    )
     assert str(found["toy.answer"].decision) == "reproduced"
 
 

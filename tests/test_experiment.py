@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from leantrain.experiment import Experiment, describe, final
+from leantrain.experiment import Arm, Experiment, describe, final
 from leantrain.training import Diverged
 
 SEEN: list[tuple] = []
@@ -126,6 +126,19 @@ def test_an_interrupted_experiment_goes_on_where_it_stopped(tmp_path):
     last = experiment(tmp_path)
     last.run()
     assert (last.reused, last.trained) == (4, 0)
+
+
+def test_an_arm_may_have_its_own_length_and_data():
+    short = Arm(slow, epochs=1)
+    other = Points()
+    exp = experiment(arms={"slow": slow, "short": short, "same": Arm(slow, epochs=3), "other": Arm(slow, data=other)})
+    frame = exp.run()
+    assert frame.groupby("arm")["epoch"].max().to_dict() == {"slow": 3, "short": 1, "same": 3, "other": 3}
+    assert frame.drop_duplicates(["arm", "seed"])["arm"].tolist() == ["slow", "short", "same", "other"] * 2
+    assert exp.sources == [exp.data, other]
+    assert exp.key("slow", 0) == exp.key("same", 0) != exp.key("short", 0)
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0 for arm 'none'"):
+        experiment(arms={"none": Arm(slow, epochs=0)})
 
 
 def test_a_torn_cache_file_is_trained_again(tmp_path):

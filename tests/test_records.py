@@ -99,11 +99,11 @@ def test_each_thing_a_run_depends_on_makes_it_stale_by_name(executed):
     paper = load_catalog().paper("toy")
     library = executed.root / "lib/leantrain/experiment.py"
 
-    library.write_text('"""A docstring."""\n\nLIMIT = 1  # a comment\n')
+    library.write_text('"""A docstring."""\n\nimport torch\n\nLIMIT = 1  # a comment\n')
     assert freshness(record, paper).changes == []
-    library.write_text("LIMIT = 2\n")
+    library.write_text("import torch\n\nLIMIT = 2\n")
     assert freshness(record, paper).changes == ["module leantrain.experiment"]
-    library.write_text("LIMIT = 1\n")
+    library.write_text("import torch\n\nLIMIT = 1\n")
 
     executed.write_notebook("x = 1")
     assert freshness(record, paper).changes == ["the notebook's code"]
@@ -111,9 +111,12 @@ def test_each_thing_a_run_depends_on_makes_it_stale_by_name(executed):
     assert "the notebook's code" in freshness(record, paper).changes  # one more cell, even if empty of code
     executed.write_notebook()
 
-    paths.LOCK.write_text("torch==9\n")
-    assert freshness(record, paper).changes == ["the locked packages"]
-    paths.LOCK.write_text("torch==2.14.1\n")
+    lock = paths.LOCK.read_text()
+    paths.LOCK.write_text(lock.replace("sympy==1.14", "sympy==1.15").replace("sphinx==7", "sphinx==8"))
+    assert freshness(record, paper).changes == ["package sympy (1.14 then, 1.15 now)"]
+    paths.LOCK.write_text(lock.replace(" # via torch", ""))
+    assert freshness(record, paper).changes == ["package sympy (1.14 then, not reached now)"]
+    paths.LOCK.write_text(lock)
 
     (paths.PROFILES / "book/toy.yml").write_text("profile: book\nseeds: [0, 1, 2, 3]\n")
     assert freshness(record, paper).changes == ["parameter seeds ([0, 1, 2] then, [0, 1, 2, 3] now)"]
@@ -168,3 +171,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         paths.write_atomically(target, "new")
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_packages_are_followed_through_the_lock(house):
+    paths.LOCK.write_text(
+        "numpy==2.4.6 # via pandas, scikit-learn\n"
+        "pandas==3.1.0 # via leantrain (pyproject.toml)\n"
+        "scikit-learn==1.9.0 # via leantrain (pyproject.toml)\n"
+        "seaborn==0.13.2\n"
+        "triton==3.8.0 ; sys_platform == 'linux' # via torch\n"
+    )
+    through = records.reached_packages(["import os\nfrom sklearn.svm import SVC"])
+    assert through == {"numpy": "2.4.6", "scikit-learn": "1.9.0"}
+    assert records.reached_packages(["import leantrain\nfrom . import paths"]) == {}
+    assert set(records.reached_packages(["import pandas.testing", "import not_in_the_lock"])) == {
+        "numpy",
+        "pandas",
+        "scikit-learn",
+        "seaborn",
+        "triton",
+    }

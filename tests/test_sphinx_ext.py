@@ -183,8 +183,8 @@ def test_a_small_book_renders_without_a_warning_and_notices_when_a_chapter_goes_
     book.build()
     stale = Outline(html / "book" / "chapters" / "toy.html")
     assert "Stale results" in stale.text
-    assert "the locked packages" in stale.text
-    assert "stale: the locked packages" in Outline(html / "book" / "scoreboard.html").text
+    assert "package torch (2.14.1 then, 2.15.0 now)" in stale.text
+    assert "stale: package sympy" in Outline(html / "book" / "scoreboard.html").text
 
 
 def test_unknown_names_fail_the_build_and_are_all_named(small_book):

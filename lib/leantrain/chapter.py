@@ -32,7 +32,7 @@ from leantrain.parameters import ParameterError, check_parameters, parameters_of
 from leantrain.records import MIME, Fingerprint, Provenance, Record, fingerprint
 
 if TYPE_CHECKING:
-    from leantrain.experiment import Arm, Experiment
+    from leantrain.experiment import Arm, Build, Experiment
     from leantrain.measure.statistics import Estimate
 
 # tqdm, which several libraries load, advises every notebook to install a progress bar that the book does not use.
@@ -110,7 +110,13 @@ class Chapter:
         display(self._bundle(shown, code), raw=True)
 
     def experiment(
-        self, arms: Mapping[str, Arm], data: Any, *, epochs: int, seeds: Iterable[int] | None = None, **options: Any
+        self,
+        arms: Mapping[str, Build | Arm],
+        data: Any,
+        *,
+        epochs: int,
+        seeds: Iterable[int] | None = None,
+        **options: Any,
     ) -> Experiment:
         """An experiment bound to this chapter: its seeds, its folder of finished runs, its record.
 
@@ -125,18 +131,19 @@ class Chapter:
 
         if self.parameters.get("dry_run"):
             options["limit_batches"] = 2
-        modules = " ".join(f"{m}:{h}" for m, h in self._fingerprint.modules.items())
+        reached = {**self._fingerprint.modules, **self._fingerprint.packages}
         experiment = Experiment(
             arms,
             data,
             list(self.parameters["seeds"] if seeds is None else seeds),
             epochs,
             cache=paths.BUILD / "experiments" / self.paper.slug,
-            salt=f"{modules} {self._fingerprint.lock}",
+            salt=" ".join(f"{name}:{mark}" for name, mark in reached.items()),
             **options,
         )
         self._experiments.append(experiment)
-        self.used(data.checksums)
+        for source in experiment.sources:
+            self.used(source.checksums)
         return experiment
 
     def used(self, checksums: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ import ast
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,12 +72,14 @@ class _Row(BaseModel):
 
 
 class Fingerprint(_Row):
-    """What a run depends on: hashes of the notebook's code, the library modules it reaches, the claims and the lock."""
+    """What a run depends on: hashes of the notebook's code, the library modules it reaches and the claims, and the
+    locked versions of the packages that this code imports, directly or through other packages.
+    """
 
     notebook: str
     modules: dict[str, str]
     claims: dict[str, str]
-    lock: str
+    packages: dict[str, str]
 
 
 class Provenance(_Row):
@@ -177,6 +180,50 @@ def _imports(source: str, package: str) -> Iterable[tuple[str, str | None]]:
             yield from ((module, alias.name) for alias in node.names)
 
 
+#: Packages of the lock whose import name is not their own.
+_IMPORTED_AS = {
+    "IPython": "ipython",
+    "PIL": "pillow",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
+
+_LOCKED = re.compile(r"^(?P<name>[\w.-]+)==(?P<version>[^\s;]+)[^#]*(?:# via (?P<via>.*))?$")
+
+
+def reached_packages(texts: Iterable[str]) -> dict[str, str]:
+    """Locked versions of the packages that code imports, and of those that they need in turn.
+
+    The lock says of every package which others brought it in. A package outside the lock cannot be told apart
+    from a change of the lock, so code that imports one depends on the whole lock.
+    """
+    versions: dict[str, list[str]] = {}
+    needs: dict[str, set[str]] = {}
+    for line in paths.LOCK.read_text(encoding="utf-8").splitlines():
+        found = _LOCKED.match(line)
+        if found:
+            name = found["name"]
+            versions.setdefault(name, []).append(found["version"])
+            for parent in (found["via"] or "").split(", "):
+                needs.setdefault(parent, set()).add(name)
+    queue = []
+    for top in {module.split(".")[0] for text in texts for module, _ in _imports(text, "leantrain")}:
+        name = _IMPORTED_AS.get(top, top.lower().replace("_", "-"))
+        if name in versions:
+            queue.append(name)
+        elif top not in ("", "leantrain") and top not in sys.stdlib_module_names:
+            queue = list(versions)
+            break
+    reached: set[str] = set()
+    while queue:
+        name = queue.pop()
+        if name not in reached:
+            reached.add(name)
+            queue += needs.get(name, ())
+    return {name: ", ".join(versions[name]) for name in sorted(reached)}
+
+
 def reached_modules(sources: Iterable[str]) -> dict[str, str]:
     """Modules of the library that the code reaches, with the hash of each.
 
@@ -224,11 +271,13 @@ def fingerprint(paper: Paper) -> Fingerprint:
     """What a run of the paper's chapter depends on now, its parameters aside."""
     notebook = json.loads(paper.notebook_path.read_text(encoding="utf-8"))
     sources = [_source(c) for c in _code_cells(notebook) if "parameters" not in _tags(c)]
+    modules = reached_modules(sources)
+    library = [file.read_text(encoding="utf-8") for name in modules if (file := _module_file(name))]
     return Fingerprint(
         notebook=_hash("\n".join(_code_hash(s) for s in sources)),
-        modules=reached_modules(sources),
+        modules=modules,
         claims={c.id: c.digest for c in paper.claims},
-        lock=hashlib.sha256(paths.LOCK.read_bytes()).hexdigest()[:16],
+        packages=reached_packages([*sources, *library]),
     )
 
 
@@ -265,8 +314,10 @@ def freshness(record: Record, paper: Paper, expected: Mapping[str, object] | Non
     for claim in sorted(set(now.claims) | set(then.claims)):
         if now.claims.get(claim) != then.claims.get(claim):
             changes.append(f"the rule of claim {claim}")
-    if now.lock != then.lock:
-        changes.append("the locked packages")
+    for name in sorted(set(now.packages) | set(then.packages)):
+        if now.packages.get(name) != then.packages.get(name):
+            before, after = then.packages.get(name, "not reached"), now.packages.get(name, "not reached")
+            changes.append(f"package {name} ({before} then, {after} now)")
     wanted = profile_parameters(paper, record.profile) if expected is None else expected
     for name in sorted(set(wanted) | set(record.parameters)):
         if wanted.get(name) != record.parameters.get(name):
