@@ -28,9 +28,9 @@ import pandas as pd
 from leantrain import paths
 from leantrain.training import Diverged
 
-__all__ = ["Arm", "Data", "Experiment", "describe", "final"]
+__all__ = ["Arm", "Build", "Data", "Experiment", "describe", "final"]
 
-Arm = Callable[[int], L.LightningModule]
+Build = Callable[[int], L.LightningModule]
 
 
 class Data(Protocol):
@@ -46,6 +46,21 @@ class Data(Protocol):
 
     def set_seed(self, seed: int) -> None:
         """Fix the order of the batches and their augmentation."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm with its own data or its own length, where the comparison is about those.
+
+    Attributes:
+        build: Builds the arm's LightningModule from the seed.
+        data: The data module, in place of the experiment's.
+        epochs: Passes over the training data, in place of the experiment's.
+    """
+
+    build: Build
+    data: Data | None = None
+    epochs: int | None = None
 
 
 class _Log(L.Callback):
@@ -79,11 +94,11 @@ class Experiment:
     """Train every arm under every seed.
 
     Attributes:
-        arms: Name of an arm -> function of the seed that builds its LightningModule. The function is called right
-            after all random number generators were seeded.
-        data: The data module that all arms share.
+        arms: Name of an arm -> function of the seed that builds its LightningModule, or an `Arm`. The function is
+            called right after all random number generators were seeded.
+        data: The data module of the arms that have none of their own.
         seeds: One run per seed and arm; all different.
-        epochs: Passes over the training data of each run.
+        epochs: Passes over the training data of each run, unless its arm says otherwise.
         cache: Folder that keeps finished runs; None keeps none.
         salt: Text that belongs to the key of every run (the chapter puts the hashes of the library modules here).
         precision: Lightning's precision, such as `32-true` or `bf16-mixed`.
@@ -94,7 +109,7 @@ class Experiment:
         ValueError: If arms or seeds are empty, a seed stands twice or is negative, or a budget is not positive.
     """
 
-    arms: Mapping[str, Arm]
+    arms: Mapping[str, Build | Arm]
     data: Any
     seeds: Sequence[int]
     epochs: int
@@ -112,10 +127,23 @@ class Experiment:
         seeds = list(self.seeds)
         if not seeds or len(set(seeds)) < len(seeds) or any(s < 0 for s in seeds):
             raise ValueError(f"seeds must be different non-negative integers, at least one, got {seeds}")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        for name in self.arms:
+            if (epochs := self._plan(name)[2]) < 1:
+                raise ValueError(f"epochs must be at least 1, got {epochs} for arm {name!r}")
         if self.limit_batches is not None and self.limit_batches < 1:
             raise ValueError(f"limit_batches must be at least 1 or None, got {self.limit_batches}")
+
+    def _plan(self, name: str) -> tuple[Build, Any, int]:
+        """How an arm is built, its data and its length."""
+        arm = self.arms[name]
+        if not isinstance(arm, Arm):
+            return arm, self.data, self.epochs
+        return arm.build, self.data if arm.data is None else arm.data, self.epochs if arm.epochs is None else arm.epochs
+
+    @property
+    def sources(self) -> list[Data]:
+        """The data modules of the arms, each once."""
+        return list({id(data): data for _, data, _ in map(self._plan, self.arms)}.values())
 
     def run(self, progress: bool = True) -> pd.DataFrame:
         """Train what is not yet on disk and return all rows.
@@ -141,11 +169,12 @@ class Experiment:
 
     def key(self, name: str, seed: int) -> str:
         """Everything that the run of an arm under a seed depends on, hashed."""
+        build, data, epochs = self._plan(name)
         parts = {
-            "arm": describe(self.arms[name]),
-            "data": self.data.fingerprint,
+            "arm": describe(build),
+            "data": data.fingerprint,
             "seed": seed,
-            "epochs": self.epochs,
+            "epochs": epochs,
             "precision": str(self.precision),
             "limit_batches": self.limit_batches,
             "after": describe(self.after),
@@ -170,11 +199,12 @@ class Experiment:
 
     def _train(self, name: str, seed: int) -> list[dict[str, Any]]:
         L.seed_everything(seed, verbose=False)
-        module = self.arms[name](seed)
-        self.data.set_seed(seed)
+        build, data, epochs = self._plan(name)
+        module = build(seed)
+        data.set_seed(seed)
         log = _Log()
         trainer = L.Trainer(
-            max_epochs=self.epochs,
+            max_epochs=epochs,
             accelerator="auto",
             devices=1,
             precision=self.precision,
@@ -192,7 +222,7 @@ class Experiment:
         L.seed_everything(seed, verbose=False)
         diverged = False
         try:
-            trainer.fit(module, datamodule=self.data)
+            trainer.fit(module, datamodule=data)
         except Diverged:
             diverged = True
         rows = [{**row, "diverged": False} for row in log.rows]
