@@ -103,14 +103,21 @@ def test_samples_and_layers_are_chosen():
         assert (part.layers[0].masks[name].mask() == whole.layers[1].masks[name].mask()[:2]).all()
 
 
-def test_a_linear_layer_on_sequences_counts_every_position_as_a_sample():
+def test_a_linear_layer_over_tokens_is_a_1x1_convolution_over_positions():
     model = nn.Linear(6, 3)
     x = torch.randn(4, 7, 6)
-    with capture(model) as recorder:
+    with capture(model, values=True) as recorder:
         model(x).square().sum().backward()
     entry = recorder.trace().layers[0]
-    assert entry.batch == 28
-    assert entry.masks["grad_output"].shape == (28, 3)
+    assert (entry.layer.kind, entry.layer.in_size, entry.layer.out_size) == ("conv", (7, 1), (7, 1))
+    assert entry.batch == 4
+    assert entry.layer.macs == 7 * 6 * 3
+    assert entry.masks["grad_output"].shape == (4, 3, 7, 1)
+    assert entry.values["weight"].shape == entry.layer.weight_shape == (3, 6, 1, 1)
+    image = torch.from_numpy(entry.values["input"])
+    assert (image == x.movedim(-1, 1)[..., None]).all()
+    with capture(model) as recorder, pytest.raises(ValueError, match=r"expected \(N, C\) or \(N, T, C\)"):
+        model(torch.randn(2, 3, 4, 6))
 
 
 def test_zero_means_zero_after_rounding():

@@ -9,9 +9,11 @@ from torch import nn
 from leantrain.hardware.workloads import (
     NETWORKS,
     TORCHVISION_NETWORKS,
+    TRANSFORMERS,
     Layer,
     build_network,
     build_torchvision,
+    build_transformer,
     dense_net,
     fire_net,
     layers_of,
@@ -27,7 +29,10 @@ CONV_MMACS = {
     "resnet18": 1813.561344,
     "resnet50": 4087.136256,
     "squeezenet1_0": 818.924576,
+    "squeezenet1_1": 349.151936,
     "densenet121": 2833.137664,
+    "googlenet": 1497.352192,
+    "mobilenet_v2": 299.494272,
 }
 
 
@@ -42,6 +47,18 @@ def test_layer_tables_of_the_torchvision_networks(name):
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     shapes = [layer.weight_shape for layer in layers]
     assert sum(k * c * h * w for k, c, h, w in shapes) == weights
+
+
+def test_layer_table_of_a_transformer_has_the_macs_outside_attention():
+    layers = network("vit-small")
+    with torch.device("meta"):
+        model = build_transformer("vit-small")
+        total = count_macs(model, torch.zeros(1, 3, 224, 224))
+    attention = 12 * 2 * 197 * 197 * 384  # scores and weighted values of 12 blocks, 197 tokens of 384 features
+    assert sum(layer.macs for layer in layers) == total - attention
+    assert {layer.in_size for layer in layers[1:-1]} == {(197, 1)}
+    with pytest.raises(ValueError, match="network 'vit-huge' is unknown"):
+        build_transformer("vit-huge")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +125,7 @@ def test_bad_layers_are_refused_by_name(change, message):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_are_built_by_name(name):
-    full = name in TORCHVISION_NETWORKS
+    full = name in TORCHVISION_NETWORKS or name in TRANSFORMERS
     with torch.device("meta") if full else torch.device("cpu"):
         model = build_network(name, in_channels=3 if full else 1, image_size=224 if full else 8, num_classes=7)
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == NETWORKS[name]

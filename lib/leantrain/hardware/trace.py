@@ -31,9 +31,21 @@ from leantrain.hardware.workloads import Layer, layer_of
 from leantrain.paths import write_atomically
 from leantrain.training import ImageClassifier
 
-__all__ = ["LayerTrace", "Packed", "Precision", "Recorder", "Trace", "TraceCallback", "TracedClassifier", "capture"]
+__all__ = [
+    "InputMask",
+    "LayerTrace",
+    "Packed",
+    "Precision",
+    "Recorder",
+    "Trace",
+    "TraceCallback",
+    "TracedClassifier",
+    "capture",
+]
 
 Precision = Literal["float32", "bfloat16"]
+#: A further mask of a layer's input, the same shape as the input; None where the layer has none.
+InputMask = Callable[[Tensor], Tensor | None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _OPERANDS: tuple[Operand, ...] = ("input", "weight", "grad_output")
 _FORMAT = 1
@@ -83,11 +95,13 @@ class LayerTrace:
         masks: Zero masks of "input" (N, C, H, W), "weight" (K, C / groups, kh, kw) and "grad_output" (N, K, OH, OW);
             (N, C), (K, C) and (N, K) for a linear layer.
         values: The same tensors as float32 arrays, if they were kept.
+        extra: Further masks of the input, by the names that `capture` was given for them.
     """
 
     layer: Layer
     masks: Mapping[Operand, Packed]
     values: Mapping[Operand, NDArray[np.float32]] = field(default_factory=dict)
+    extra: Mapping[str, Packed] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -113,7 +127,8 @@ class Trace:
     def bytes(self) -> int:
         """Bytes of the masks and the values."""
         return sum(
-            sum(mask.bits.nbytes for mask in entry.masks.values()) + sum(v.nbytes for v in entry.values.values())
+            sum(mask.bits.nbytes for mask in (*entry.masks.values(), *entry.extra.values()))
+            + sum(v.nbytes for v in entry.values.values())
             for entry in self.layers
         )
 
@@ -128,6 +143,8 @@ class Trace:
         for number, entry in enumerate(self.layers):
             for name, mask in entry.masks.items():
                 tensors[f"{number}.{name}.mask"] = mask.bits
+            for name, mask in entry.extra.items():
+                tensors[f"{number}.{name}.extra"] = mask.bits
             for name, values in entry.values.items():
                 tensors[f"{number}.{name}.values"] = np.ascontiguousarray(values)
         content = save(tensors)
@@ -141,6 +158,7 @@ class Trace:
                     "layer": asdict(entry.layer),
                     "masks": {name: {"shape": m.shape, "nonzero": m.nonzero} for name, m in entry.masks.items()},
                     "values": sorted(entry.values),
+                    "extra": {name: {"shape": m.shape, "nonzero": m.nonzero} for name, m in entry.extra.items()},
                 }
                 for entry in self.layers
             ],
@@ -173,10 +191,22 @@ class Trace:
                 name: Packed(tuple(mask["shape"]), tensors[f"{number}.{name}.mask"], mask["nonzero"])
                 for name, mask in entry["masks"].items()
             }
-            layers.append(
-                LayerTrace(layer, masks, {name: tensors[f"{number}.{name}.values"] for name in entry["values"]})
-            )
+            extra = {
+                name: Packed(tuple(mask["shape"]), tensors[f"{number}.{name}.extra"], mask["nonzero"])
+                for name, mask in entry.get("extra", {}).items()
+            }
+            values = {name: tensors[f"{number}.{name}.values"] for name in entry["values"]}
+            layers.append(LayerTrace(layer, masks, values, extra))
         return cls(tuple(layers), manifest["precision"], manifest["notes"])
+
+
+def _as_lowered(tensor: Tensor, layer: Layer) -> Tensor:
+    """An operand in the shape of the layer's table; of a linear layer over tokens, (N, T, C) becomes (N, C, T, 1)."""
+    if layer.kind == "linear":
+        return tensor
+    if tensor.ndim == 2:
+        return tensor[:, :, None, None]
+    return tensor.movedim(-1, 1)[..., None] if tensor.ndim == 3 else tensor
 
 
 class Recorder:
@@ -188,16 +218,24 @@ class Recorder:
         precision: Format to round to before zeros are counted.
         values: Whether the values are kept as well.
         limit: Bytes that must not be passed.
+        also: Further masks to take of the layers' inputs.
     """
 
     def __init__(
-        self, names: Sequence[str], samples: int | None, precision: Precision, values: bool, limit: int
+        self,
+        names: Sequence[str],
+        samples: int | None,
+        precision: Precision,
+        values: bool,
+        limit: int,
+        also: Mapping[str, InputMask],
     ) -> None:
         self._names, self._samples, self._precision = names, samples, precision
-        self._values, self._limit, self._bytes = values, limit, 0
+        self._values, self._limit, self._bytes, self._also = values, limit, 0, also
         self._masks: dict[str, dict[Operand, Packed]] = {}
         self._kept: dict[str, dict[Operand, NDArray[np.float32]]] = {}
         self._layers: dict[str, Layer] = {}
+        self._extra: dict[str, dict[str, Packed]] = {}
 
     def note(self, name: str, operand: Operand, tensor: Tensor) -> None:
         """Keep the zero mask of one operand of a layer that has started."""
@@ -207,18 +245,35 @@ class Recorder:
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"the {operand} of layer {name!r} holds NaN or infinity; a diverged run cannot be traced")
         rounded = tensor.to(_DTYPES[self._precision])
-        if self._layers[name].kind == "linear":
-            rounded = rounded.reshape(-1, rounded.shape[-1])
-        mask = (rounded != 0).cpu().numpy()  # -0.0 compares equal to zero
-        packed = Packed.of(mask)
-        self._bytes += packed.bits.nbytes + (4 * packed.size if self._values else 0)
+        rounded = _as_lowered(rounded, self._layers[name])
+        packed = Packed.of((rounded != 0).cpu().numpy())  # -0.0 compares equal to zero
+        self._count(name, packed.bits.nbytes + (4 * packed.size if self._values else 0))
+        self._masks[name][operand] = packed
+        if self._values:
+            self._kept[name][operand] = rounded.float().cpu().numpy().copy()
+
+    def note_extra(self, name: str, x: Tensor) -> None:
+        """Keep the further masks of the input of a layer that has started."""
+        for label, rule in self._also.items():
+            mask = rule(x)
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool or mask.shape != x.shape:
+                raise ValueError(
+                    f"mask {label!r} of layer {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; expected bool "
+                    f"of shape {tuple(x.shape)}"
+                )
+            mask = mask if self._samples is None else mask[: self._samples]
+            packed = Packed.of(_as_lowered(mask, self._layers[name]).cpu().numpy())
+            self._count(name, packed.bits.nbytes)
+            self._extra[name][label] = packed
+
+    def _count(self, name: str, size: int) -> None:
+        self._bytes += size
         if self._bytes > self._limit:
             raise ValueError(
                 f"the trace passes {self._limit} bytes at layer {name!r}; trace fewer samples or raise limit_bytes"
             )
-        self._masks[name][operand] = packed
-        if self._values:
-            self._kept[name][operand] = rounded.float().cpu().numpy().copy()
 
     def start(self, name: str, layer: Layer) -> None:
         """Open the entry of a layer; each layer may run once."""
@@ -229,6 +284,7 @@ class Recorder:
         self._layers[name] = layer
         self._masks[name] = {}
         self._kept[name] = {}
+        self._extra[name] = {}
 
     def trace(self, notes: Mapping[str, str | int | float] | None = None) -> Trace:
         """The trace of the pass.
@@ -245,7 +301,9 @@ class Recorder:
                 raise ValueError(
                     f"layer {name!r} has no {' and no '.join(missing)}; capture a forward and a backward pass"
                 )
-        entries = tuple(LayerTrace(layer, self._masks[n], self._kept[n]) for n, layer in self._layers.items())
+        entries = tuple(
+            LayerTrace(layer, self._masks[n], self._kept[n], self._extra[n]) for n, layer in self._layers.items()
+        )
         return Trace(entries, self._precision, dict(notes or {}))
 
 
@@ -258,6 +316,7 @@ def capture(
     precision: Precision = "float32",
     values: bool = False,
     limit_bytes: int = 1 << 30,
+    also: Mapping[str, InputMask] | None = None,
 ) -> Iterator[Recorder]:
     """Watch one forward and one backward pass of a model.
 
@@ -271,6 +330,8 @@ def capture(
         precision: Round to this format before looking for zeros.
         values: Keep the values as well as the masks.
         limit_bytes: Refuse to hold more.
+        also: Further masks to take of the layers' inputs, by name. Each is a function of the input tensor, called in
+            the forward pass, that returns booleans of its shape, or None where a layer has no such mask.
 
     Yields:
         An object whose `trace()` returns the `Trace`.
@@ -287,13 +348,14 @@ def capture(
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(_DTYPES)}")
     if samples is not None and samples < 1:
         raise ValueError(f"samples is {samples}; expected at least 1")
-    recorder = Recorder(names, samples, precision, values, limit_bytes)
+    recorder = Recorder(names, samples, precision, values, limit_bytes, also or {})
     handles = []
     for name in names:
 
         def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
             recorder.start(name, layer_of(name, module, args[0], output))
             recorder.note(name, "input", args[0])
+            recorder.note_extra(name, args[0])
             recorder.note(name, "weight", cast(Tensor, module.weight))
             if output.requires_grad:
                 output.register_hook(lambda gradient: recorder.note(name, "grad_output", gradient))
@@ -316,6 +378,8 @@ class TraceCallback(L.Callback):
         report: Called with each trace; the numbers it returns become metrics of the epoch
             (`trainer.callback_metrics`), and the trace is dropped. Without it the traces are kept in `traces`.
         folder: Save each trace here, as epoch-000.safetensors and epoch-000.json and so on.
+        values: Keep the values as well as the masks.
+        also: Further masks of the layers' inputs, see `capture`.
 
     Attributes:
         traces: The traces so far, if there is no `report`.
@@ -329,9 +393,11 @@ class TraceCallback(L.Callback):
         precision: Precision = "float32",
         report: Callable[[Trace], Mapping[str, float]] | None = None,
         folder: Path | None = None,
+        values: bool = False,
+        also: Mapping[str, InputMask] | None = None,
     ) -> None:
-        self.samples, self.epochs, self.precision = samples, epochs, precision
-        self.report, self.folder = report, folder
+        self.samples, self.epochs, self.precision, self.values = samples, epochs, precision, values
+        self.report, self.folder, self.also = report, folder, also
         self.traces: list[Trace] = []
         self._open: tuple[Recorder, ExitStack] | None = None
 
@@ -342,10 +408,10 @@ class TraceCallback(L.Callback):
         last = batch_idx + 1 == trainer.num_training_batches
         if last and (self.epochs is None or trainer.current_epoch in self.epochs):
             stack = ExitStack()
-            self._open = (
-                stack.enter_context(capture(pl_module, samples=self.samples, precision=self.precision)),
-                stack,
+            watch = capture(
+                pl_module, samples=self.samples, precision=self.precision, values=self.values, also=self.also
             )
+            self._open = (stack.enter_context(watch), stack)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -381,6 +447,9 @@ class TracedClassifier(ImageClassifier):
         report: Turns a trace into numbers; they become metrics of the epoch.
         samples: Samples of the batch to trace.
         warmup_fraction: Share of the steps in which the learning rate rises.
+        precision: Round to this format before looking for zeros.
+        values: Keep the values as well as the masks.
+        also: Further masks of the layers' inputs, see `capture`.
     """
 
     def __init__(
@@ -392,9 +461,12 @@ class TracedClassifier(ImageClassifier):
         report: Callable[[Trace], Mapping[str, float]],
         samples: int = 16,
         warmup_fraction: float = 0.1,
+        precision: Precision = "float32",
+        values: bool = False,
+        also: Mapping[str, InputMask] | None = None,
     ) -> None:
         super().__init__(model, optimizer, num_classes=num_classes, warmup_fraction=warmup_fraction)
-        self.tracer = TraceCallback(samples=samples, report=report)
+        self.tracer = TraceCallback(samples=samples, precision=precision, report=report, values=values, also=also)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Hand the tracing callback to the trainer."""

@@ -19,10 +19,12 @@ __all__ = [
     "PRODUCTS",
     "NETWORKS",
     "TORCHVISION_NETWORKS",
+    "TRANSFORMERS",
     "Layer",
     "Product",
     "build_network",
     "build_torchvision",
+    "build_transformer",
     "dense_net",
     "fire_net",
     "layer_of",
@@ -37,7 +39,20 @@ Product = Literal["forward", "dgrad", "wgrad"]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 
 #: The ImageNet networks whose layer tables the emulator chapters use.
-TORCHVISION_NETWORKS = ("alexnet", "vgg16", "resnet18", "resnet50", "squeezenet1_0", "densenet121")
+TORCHVISION_NETWORKS = (
+    "alexnet",
+    "vgg16",
+    "resnet18",
+    "resnet50",
+    "squeezenet1_0",
+    "squeezenet1_1",
+    "densenet121",
+    "googlenet",
+    "mobilenet_v2",
+)
+
+#: The transformers whose layer tables the emulator chapters use, with their names in timm.
+TRANSFORMERS = {"vit-small": "vit_small_patch16_224"}
 
 #: All networks that `build_network` knows, with whether they use batch normalisation.
 NETWORKS = {
@@ -49,9 +64,13 @@ NETWORKS = {
     "alexnet": False,
     "vgg16": False,
     "squeezenet1_0": False,
+    "squeezenet1_1": False,
     "resnet18": True,
     "resnet50": True,
     "densenet121": True,
+    "googlenet": True,
+    "mobilenet_v2": True,
+    "vit-small": False,
 }
 
 _KINDS = ("conv", "linear")
@@ -62,7 +81,8 @@ class Layer:
     """The geometry of one convolution or linear layer, for one image.
 
     A linear layer is a convolution with a 1x1 kernel on a 1x1 image; `batch_as_image` turns a batch of its samples
-    into one image whose positions are the samples.
+    into one image whose positions are the samples. A linear layer that is applied to every token of a sequence is a
+    1x1 convolution over an image of N x 1 positions.
 
     Attributes:
         name: The module's name in its network.
@@ -153,14 +173,22 @@ def layer_of(name: str, module: nn.Module, x: Tensor, output: Tensor) -> Layer:
     Args:
         name: The name to give the layer.
         module: An `nn.Conv2d` or `nn.Linear`.
-        x: The tensor that went in, (N, C, H, W) or (..., C).
+        x: The tensor that went in: (N, C, H, W) for a convolution, (N, C) or (N, T, C) for a linear layer.
         output: The tensor that came out.
 
     Raises:
         ValueError: If the module is neither, or if a convolution pads with something other than zeros.
     """
     if isinstance(module, nn.Linear):
-        return Layer(name, "linear", module.in_features, module.out_features, needs_dgrad=x.requires_grad)
+        channels, needs_dgrad = (module.in_features, module.out_features), x.requires_grad
+        if x.ndim <= 2:
+            return Layer(name, "linear", *channels, needs_dgrad=needs_dgrad)
+        if x.ndim > 3:
+            raise ValueError(
+                f"layer {name!r} is linear over an input of shape {tuple(x.shape)}; expected (N, C) or (N, T, C)"
+            )
+        tokens = (x.shape[1], 1)
+        return Layer(name, "conv", *channels, in_size=tokens, out_size=tokens, needs_dgrad=needs_dgrad)
     if not isinstance(module, nn.Conv2d):
         raise ValueError(f"layer {name!r} is a {type(module).__name__}; expected Conv2d or Linear")
     if module.padding_mode != "zeros":
@@ -222,13 +250,27 @@ def build_torchvision(name: str, *, num_classes: int = 1000) -> nn.Module:
         raise ValueError(f"network {name!r} is unknown; expected one of {', '.join(TORCHVISION_NETWORKS)}")
     from torchvision.models import get_model
 
-    return get_model(name, weights=None, num_classes=num_classes)
+    # GoogLeNet's auxiliary classifiers are left out, and its initialisation is torchvision's own fast one.
+    options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
+    return get_model(name, weights=None, num_classes=num_classes, **options)
+
+
+def build_transformer(name: str, *, num_classes: int = 1000) -> nn.Module:
+    """One of the vision transformers of `TRANSFORMERS`, randomly initialised by timm's own rules."""
+    if name not in TRANSFORMERS:
+        raise ValueError(f"network {name!r} is unknown; expected one of {', '.join(TRANSFORMERS)}")
+    import timm
+
+    return timm.create_model(TRANSFORMERS[name], pretrained=False, num_classes=num_classes)
 
 
 def network(name: str) -> list[Layer]:
-    """The layer table of a torchvision network for one 224 x 224 image."""
+    """The layer table of a torchvision network or a transformer for one 224 x 224 image.
+
+    The attention products of a transformer, which multiply two activations, are no layers and not in the table.
+    """
     with torch.device("meta"):
-        model = build_torchvision(name)
+        model = build_transformer(name) if name in TRANSFORMERS else build_torchvision(name)
     return layers_of(model, (3, 224, 224))
 
 
@@ -390,8 +432,9 @@ def build_network(name: str, *, in_channels: int = 3, image_size: int = 32, num_
 
     Args:
         name: One of `NETWORKS`. "plain" and "plain-bn" are `plain_cnn`, "plain-pruned" the same with 90 % of its
-            weights fixed at zero, "fire" is `fire_net`, "dense" is `dense_net`; the others are torchvision's.
-        in_channels: Channels of the image; 3 for a torchvision network.
+            weights fixed at zero, "fire" is `fire_net`, "dense" is `dense_net`; the others are torchvision's
+            and timm's.
+        in_channels: Channels of the image; 3 for a network of torchvision or timm.
         image_size: Height and width of the image; below 32 the small networks have fewer and narrower layers.
         num_classes: Outputs.
 
@@ -400,10 +443,11 @@ def build_network(name: str, *, in_channels: int = 3, image_size: int = 32, num_
     """
     if name not in NETWORKS:
         raise ValueError(f"network {name!r} is unknown; expected one of {', '.join(NETWORKS)}")
-    if name in TORCHVISION_NETWORKS:
+    if name in TORCHVISION_NETWORKS or name in TRANSFORMERS:
         if in_channels != 3:
             raise ValueError(f"network {name!r} takes images of 3 channels, not {in_channels}")
-        return build_torchvision(name, num_classes=num_classes)
+        build = build_transformer if name in TRANSFORMERS else build_torchvision
+        return build(name, num_classes=num_classes)
     tiny = image_size < 32
     if name == "fire":
         return fire_net(in_channels=in_channels, num_classes=num_classes, width=8 if tiny else 16)
