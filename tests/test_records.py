@@ -8,6 +8,7 @@ import pytest
 
 from leantrain import paths, records
 from leantrain.catalog import load_catalog
+from leantrain.data.registry import DATASETS
 from leantrain.records import MIME, IncompleteRun, freshness, read_record
 
 
@@ -191,3 +192,13 @@ def test_packages_are_followed_through_the_lock(house):
         "seaborn",
         "triton",
     }
+
+
+def test_data_that_changed_in_the_registry_makes_a_record_stale(executed):
+    record = read_record(executed.chapter)
+    digits = DATASETS["digits"].checksums
+    array = next(iter(digits))
+    for found, changes in ((digits, []), ({array: "0" * 64}, [f"data {array}"]), ({"laid by hand": "1" * 64}, [])):
+        provenance = record.provenance.model_copy(update={"data": found})
+        other = record.model_copy(update={"provenance": provenance})
+        assert freshness(other, load_catalog().paper("toy")).changes == changes

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leantrain import paths
 from leantrain.catalog import Catalog, Paper, Profile, Quantity
+from leantrain.data.registry import DATASETS
 from leantrain.parameters import ParameterError, check_parameters, parameters_of, read_profile
 
 __all__ = [
@@ -42,8 +43,9 @@ __all__ = [
 
 MIME = "application/vnd.leantrain.record+json"
 
-#: Modules that show, store or start runs. They cannot change what a run measures, so a change in them makes no
-#: record stale; verdicts are made again from the measurements at every build.
+#: Modules that show, store or start runs, and the list of data sets, whose files are compared by their checksums. They
+#: cannot change what a run measures, so a change in them makes no record stale; verdicts are made again from the
+#: measurements at every build.
 PRESENTING = frozenset(
     f"leantrain.{name}"
     for name in [
@@ -51,6 +53,7 @@ PRESENTING = frozenset(
         "catalog",
         "chapter",
         "cli",
+        "data.registry",
         "parameters",
         "paths",
         "plotting",
@@ -318,6 +321,10 @@ def freshness(record: Record, paper: Paper, expected: Mapping[str, object] | Non
         if now.packages.get(name) != then.packages.get(name):
             before, after = then.packages.get(name, "not reached"), now.packages.get(name, "not reached")
             changes.append(f"package {name} ({before} then, {after} now)")
+    known = {path: digest for one in DATASETS.values() for path, digest in one.checksums.items()}
+    for path, digest in sorted(record.provenance.data.items()):
+        if known.get(path, digest) != digest:
+            changes.append(f"data {path}")
     wanted = profile_parameters(paper, record.profile) if expected is None else expected
     for name in sorted(set(wanted) | set(record.parameters)):
         if wanted.get(name) != record.parameters.get(name):

@@ -68,7 +68,7 @@ def test_odd_lines_are_named(lay_down, content, message):
 
 
 def test_unknown_names_and_splits_are_refused():
-    with pytest.raises(ValueError, match="unknown text 'ptb'; known are wikitext-2, tinyshakespeare"):
+    with pytest.raises(ValueError, match="unknown text 'ptb'; known are docstrings, wikitext-2, tinyshakespeare"):
         text("ptb", "train")
     with pytest.raises(ValueError, match="wikitext-2 has no split 'dev'; its splits are train, valid, test"):
         text("wikitext-2", "dev")

@@ -15,17 +15,20 @@ if TYPE_CHECKING:
     from leantrain.data.errors import CorruptData, DataError, MissingData
     from leantrain.data.image_sets import ImageData, images
     from leantrain.data.text_sets import table, text
+    from leantrain.data.token_sets import TokenData, tokens
 
 __all__ = [
     "CorruptData",
     "DataError",
     "ImageData",
     "MissingData",
+    "TokenData",
     "duplicates",
     "images",
     "overlap",
     "table",
     "text",
+    "tokens",
 ]
 
 _HOME = {
@@ -33,11 +36,13 @@ _HOME = {
     "DataError": "errors",
     "ImageData": "image_sets",
     "MissingData": "errors",
+    "TokenData": "token_sets",
     "duplicates": "checks",
     "images": "image_sets",
     "overlap": "checks",
     "table": "text_sets",
     "text": "text_sets",
+    "tokens": "token_sets",
 }
 
 

@@ -1,8 +1,4 @@
-"""Image sets in memory, with an order of batches and an augmentation that depend on the seed and the epoch alone.
-
-Two arms of a comparison that use the same seed see bit-identical batches, whatever they draw from PyTorch's own
-random number generators, and a run that goes on after an interruption sees the batches it would have seen.
-"""
+"""Image sets, with an order of batches and an augmentation that depend on the seed and the epoch alone."""
 
 from __future__ import annotations
 
@@ -15,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,15 +23,13 @@ from leantrain.data.digits import read_digits
 from leantrain.data.errors import CorruptData
 from leantrain.data.fetch import locate
 from leantrain.data.registry import dataset
+from leantrain.data.seeded import LARGEST_SEED, SeededData, check_seed, epoch_generator, train_batch_count
 
 __all__ = ["ImageData", "images", "random_crop_flip", "stratified_order"]
 
-# Part of every fingerprint: raise it when the same options begin to give other batches.
-_VERSION = 1
 _DIGITS_TRAIN = 1437
 # Processes that decode pictures; the batches do not depend on it.
 _WORKERS = min(8, os.cpu_count() or 1)
-_LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -69,22 +62,15 @@ _SPECS = {
 }
 
 
-class ImageData(L.LightningDataModule):
+class ImageData(SeededData):
     """Images and classes as batches; built by :func:`images`.
 
-    A training batch depends on the data, the options, the seed given to :meth:`set_seed` and the number of the epoch,
-    and on nothing else. The epoch is the trainer's while a trainer fits; in a plain loop call :meth:`set_epoch`.
-    Every epoch is a fresh permutation; its last batch is dropped if it is short, unless it is the only one.
-    Validation keeps every image, in a fixed order.
+    A batch is ``(x, y)``: x float32 ``(B, C, H, W)``, normalised; y int64 ``(B,)``. Every training epoch is a fresh
+    permutation.
 
     Attributes:
-        name: The set's name.
         num_classes: Number of classes.
         shape: ``(C, H, W)`` of one image.
-        checksums: File or array -> SHA-256 of what was read, for the record. Empty for stand-in data.
-        batch_size: Images in a batch.
-        train_size: Number of training images.
-        val_size: Number of validation images.
     """
 
     def __init__(
@@ -100,84 +86,17 @@ class ImageData(L.LightningDataModule):
         train_batches: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]],
         val_batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
     ) -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(
+            name=name,
+            checksums=checksums,
+            batch_size=batch_size,
+            sizes=sizes,
+            options=options,
+            train_batches=train_batches,
+            val_batches=val_batches,
+        )
         self.num_classes = num_classes
         self.shape = shape
-        self.checksums = dict(checksums)
-        self.batch_size = batch_size
-        self.train_size, self.val_size = sizes
-        self._options = dict(options)
-        self._train_batches = train_batches
-        self._val_batches = val_batches
-        self._seed = 0
-        self._epoch = 0
-
-    def set_seed(self, seed: int) -> None:
-        """Fix the order of the training batches and their augmentation, and go back to epoch 0.
-
-        Raises:
-            ValueError: If the seed is negative or 2**63 or more.
-        """
-        if not 0 <= seed <= _LARGEST_SEED:
-            raise ValueError(f"the seed must be 0 to {_LARGEST_SEED}, got {seed}")
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that a loop without a trainer sees next.
-
-        Raises:
-            ValueError: If the epoch is negative.
-        """
-        if epoch < 0:
-            raise ValueError(f"the epoch must be at least 0, got {epoch}")
-        self._epoch = epoch
-
-    @property
-    def epoch(self) -> int:
-        """The epoch whose training batches come next."""
-        if self.trainer is not None and self.trainer.training:
-            return self.trainer.current_epoch
-        return self._epoch
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over everything but seed and epoch that a batch depends on."""
-        parts = {
-            "version": _VERSION,
-            "name": self.name,
-            "checksums": self.checksums,
-            "sizes": [self.train_size, self.val_size],
-            "batch_size": self.batch_size,
-            "options": self._options,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def train_dataloader(self) -> _Loader:
-        """Batches ``(x, y)``: x float32 ``(B, C, H, W)``, normalised; y int64 ``(B,)``."""
-        return _Loader(_train_batch_count(self.train_size, self.batch_size), self._train)
-
-    def val_dataloader(self) -> _Loader:
-        """Batches as in training, not augmented, in a fixed order; the last one may be short."""
-        return _Loader(-(-self.val_size // self.batch_size), self._val_batches)
-
-    def _train(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._train_batches(self._seed, self.epoch)
-
-
-class _Loader:
-    """Something with a length that gives a new iterator of batches each time it is iterated."""
-
-    def __init__(self, length: int, batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> None:
-        self._length = length
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._batches()
 
 
 def images(
@@ -220,8 +139,7 @@ def images(
         raise ValueError(f"unknown image set {name!r}; the image sets are {', '.join(_SPECS)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not 0 <= split_seed <= _LARGEST_SEED:
-        raise ValueError(f"split_seed must be 0 to {_LARGEST_SEED}, got {split_seed}")
+    check_seed("split_seed", split_seed)
     spec = _SPECS[name]
     options = {"augment": augment, "split_seed": split_seed, "stand_in": stand_in}
     if name == "imagenet" and not stand_in:
@@ -266,7 +184,7 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     Returns:
         Places ``(N,)``, int64. Among the first n, a class of m items has n * m / N items, give or take one.
     """
-    generator = _generator(seed, 0, "split")
+    generator = epoch_generator(seed, 0, "split")
     shuffled = torch.randperm(len(labels), generator=generator)
     # Item k of a class of m is due at the share (k + 1/2) / m of the way; ties fall in random order, since the sort
     # is stable and the items come shuffled.
@@ -298,16 +216,6 @@ def random_crop_flip(x: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: in
     return torch.where(flip[:, None, None, None], cut.flip(-1), cut)
 
 
-def _generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
-    # Hashed, so that neighbouring seeds and epochs have unrelated streams.
-    digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _train_batch_count(size: int, batch_size: int) -> int:
-    return max(1, size // batch_size)
-
-
 def _normalised(spec: _Spec, x: Tensor) -> Tensor:
     mean = torch.tensor(spec.mean).view(1, -1, 1, 1)
     std = torch.tensor(spec.std).view(1, -1, 1, 1)
@@ -318,12 +226,12 @@ def _augmented(
     spec: _Spec, split: _Split, batch_size: int, augment: bool, seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     count = len(split.rows)
-    order = torch.randperm(count, generator=_generator(seed, epoch, "order"))
+    order = torch.randperm(count, generator=epoch_generator(seed, epoch, "order"))
     # Drawn for the whole epoch at once: an image's crop does not depend on the size of the batch.
-    draws = _generator(seed, epoch, "augment")
+    draws = epoch_generator(seed, epoch, "augment")
     top, left = torch.randint(0, 2 * spec.pad + 1, (2, count), generator=draws)
     flip = torch.rand(count, generator=draws) < (0.5 if spec.flip else 0.0)
-    for batch in range(_train_batch_count(count, batch_size)):
+    for batch in range(train_batch_count(count, batch_size)):
         picked = order[batch * batch_size : (batch + 1) * batch_size]
         rows = split.rows[picked]
         x = split.x[rows]
@@ -347,7 +255,7 @@ def _chosen_rows(labels: Tensor, rows: Tensor, size: int | None, seed: int, opti
 def _stand_in(spec: _Spec, batch_size: int) -> _Split:
     # A few images that come again and again: big sets and batches must not fill the memory.
     pool = min(2 * batch_size, 32)
-    generator = _generator(0, 0, "stand-in")
+    generator = epoch_generator(0, 0, "stand-in")
     x = torch.randint(0, int(spec.scale) + 1, (pool, *spec.shape), generator=generator, dtype=torch.uint8)
     y = torch.randint(0, spec.num_classes, (pool,), generator=generator)
     return _Split(x, y, torch.arange(2 * batch_size) % pool)
@@ -415,15 +323,15 @@ def _image_folders(
             sampler=order,
             num_workers=_WORKERS,
             # Its own generator: a loader without one draws from the global one.
-            generator=_generator(0, 0, "workers"),
+            generator=epoch_generator(0, 0, "workers"),
         )
         for x, y in loader:
             yield _normalised(spec, x), y
 
     def train_batches(seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(train), generator=_generator(seed, epoch, "order")).tolist()
-        kept = order[: _train_batch_count(len(train), batch_size) * batch_size]
-        seeds = torch.randint(0, _LARGEST_SEED, (len(train),), generator=_generator(seed, epoch, "augment"))
+        order = torch.randperm(len(train), generator=epoch_generator(seed, epoch, "order")).tolist()
+        kept = order[: train_batch_count(len(train), batch_size) * batch_size]
+        seeds = torch.randint(0, LARGEST_SEED, (len(train),), generator=epoch_generator(seed, epoch, "augment"))
         return read(Pictures(train, spec.shape[1], seeds if options["augment"] else None), kept)
 
     return ImageData(

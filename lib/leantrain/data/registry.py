@@ -192,6 +192,17 @@ _ALL = (
         },
     ),
     DataSet(
+        name="docstrings",
+        title="Docstrings (scikit-learn)",
+        kind="embedded",
+        home="https://scikit-learn.org/stable/api/index.html",
+        terms="Part of scikit-learn (BSD 3-clause).",
+        citation="F. Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12, 2011.",
+        arrays={
+            "docstrings of sklearn, utf-8": "1cd8afa9fdfedb162905596e572277a45815fe4d3a984a11c3c600243bb3e326",
+        },
+    ),
+    DataSet(
         name="cifar10",
         title="CIFAR-10",
         kind="download",

@@ -10,12 +10,20 @@ import numpy as np
 import pandas as pd
 
 from leantrain.data.checks import check_labels
+from leantrain.data.docstrings import read_docstrings
 from leantrain.data.errors import CorruptData
 from leantrain.data.fetch import locate
 
-__all__ = ["table", "text"]
+__all__ = ["TEXTS", "table", "text"]
 
-_TEXTS = {"wikitext-2": ("train", "valid", "test"), "tinyshakespeare": ("train", "val")}
+#: Texts and their splits; the first is trained on, the second is for validation.
+TEXTS = {
+    "docstrings": ("train", "val"),
+    "wikitext-2": ("train", "valid", "test"),
+    "tinyshakespeare": ("train", "val"),
+}
+# Every so many docstrings one goes to the validation split.
+_HELD_OUT = 10
 _TABLE_SPLITS = ("train", "dev")
 
 
@@ -44,8 +52,9 @@ def text(name: str, split: str) -> str:
     """The text of one split.
 
     Args:
-        name: `wikitext-2` (splits train, valid and test; words split by spaces, rare ones `<unk>`) or
-            `tinyshakespeare` (splits train, the first 90 % of the characters, and val, the rest).
+        name: `docstrings` (those of scikit-learn, which are there without a download; split val holds every tenth,
+            train the others), `wikitext-2` (splits train, valid and test; words split by spaces, rare ones `<unk>`)
+            or `tinyshakespeare` (splits train, the first 90 % of the characters, and val, the rest).
         split: Name of the split.
 
     Raises:
@@ -53,7 +62,11 @@ def text(name: str, split: str) -> str:
         MissingData: If the set's files are not here; says how to get them.
         CorruptData: If a file is not what it should be.
     """
-    _refuse_unknown("text", name, _TEXTS, split, _TEXTS.get(name, ()))
+    _refuse_unknown("text", name, TEXTS, split, TEXTS.get(name, ()))
+    if name == "docstrings":
+        held_out = split == "val"
+        chosen = [d for place, d in enumerate(read_docstrings(), 1) if (place % _HELD_OUT == 0) == held_out]
+        return "\n\n".join(chosen) + "\n"
     folder = locate(name)
     if name == "wikitext-2":
         return _read(folder / "wikitext-2" / f"wiki.{split}.tokens")
