@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -13,7 +14,15 @@ import yaml
 from filelock import FileLock
 
 from leantrain import book, paths
-from leantrain.book import BookError, chapter_faults, primary_quantity, scoreboard_rows, scrub, tally
+from leantrain.book import (
+    BookError,
+    chapter_faults,
+    primary_quantity,
+    scoreboard_rows,
+    scrub,
+    tally,
+    write_scoreboard,
+)
 from leantrain.catalog import Catalog, Claim, Quantity, Verdict, load_catalog
 from leantrain.records import read_record
 
@@ -88,6 +97,31 @@ def test_a_published_run_beside_a_local_one(executed):
         Verdict.OUT_OF_REACH: 0,
         Verdict.PLANNED: 1,
     }
+
+
+def test_the_scoreboard_as_data_says_what_the_page_says(executed, tmp_path):
+    record = read_record(executed.chapter)
+    found = rows({"toy": record}, {"toy": record.model_copy(update={"profile": "quick"})})
+    written = write_scoreboard(found.values(), tmp_path)
+    assert [path.name for path in written] == ["scoreboard.csv", "scoreboard.json"]
+    table = json.loads(written[1].read_text())
+    answer, planned = (next(line for line in table if line["claim"] == name) for name in ("toy.answer", "other.claim"))
+    assert (answer["value"], answer["verdict"], answer["indicative"]) == (42.0, "reproduced", False)
+    assert (answer["local_value"], answer["local_profile"], answer["local_verdict"]) == (42.0, "quick", "reproduced")
+    assert (answer["profile"], answer["freshness"], answer["processor"]) == (
+        record.profile,
+        "fresh",
+        record.provenance.processor,
+    )
+    assert (planned["verdict"], planned["value"], planned["profile"], planned["local_verdict"]) == ("planned",) + (
+        None,
+    ) * 3
+    with written[0].open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    # A spreadsheet knows text only: an empty field is a value that does not exist.
+    as_text = [{k: "" if v is None else str(v) for k, v in line.items()} for line in table]
+    assert lines == as_text
+    assert [p.read_text() for p in write_scoreboard([], tmp_path)] == ["\n", "[]\n"]
 
 
 def test_too_few_runs_make_a_verdict_indicative(executed):

@@ -166,6 +166,14 @@ def test_a_small_book_renders_without_a_warning_and_notices_when_a_chapter_goes_
     )
 
     scores = Outline(html / "book" / "scoreboard.html")
+    assert {row["claim"] for row in json.loads((html / "book" / "scoreboard.json").read_text())} == {
+        claim.id for paper in load_catalog().papers for claim in paper.claims
+    }
+    assert scores.all("a", href="scoreboard.csv")
+    assert (html / "book" / "scoreboard.csv").exists()
+    assert [a["data-tested"] for a in scores.all("tr") if "data-tested" in a] == ["exact", "scaled"]
+    scripted = [p.name for p in html.rglob("*.html") if "scoreboard.js" in p.read_text(encoding="utf-8")]
+    assert scripted == ["scoreboard.html"], "only the scoreboard loads its script"
     assert [a.get("href") for a in scores.all("a") if a.get("href") == "chapters/toy.html"]
     assert "stale" not in scores.text
     front = Outline(html / "book" / "index.html")

@@ -8,7 +8,9 @@ chapter, and turns every Sphinx warning into an error.
 from __future__ import annotations
 
 import contextlib
+import csv
 import getpass
+import io
 import json
 import os
 import re
@@ -35,9 +37,11 @@ __all__ = [
     "chapter_faults",
     "primary_quantity",
     "scoreboard_rows",
+    "scoreboard_table",
     "scrub",
     "table_of_contents",
     "tally",
+    "write_scoreboard",
     "write_toc",
 ]
 
@@ -202,6 +206,67 @@ def tally(rows: Iterable[ScoreRow]) -> dict[Verdict, int]:
     """How many claims have which verdict, every verdict named, in the order of the closed set."""
     count = Counter(row.decision.verdict for row in rows)
     return {verdict: count[verdict] for verdict in Verdict}
+
+
+def scoreboard_table(rows: Iterable[ScoreRow]) -> list[dict[str, Any]]:
+    """The scoreboard as flat rows of plain values, one a claim, for spreadsheets and programs.
+
+    What this machine's own runs found has the prefix `local_`. A value that does not exist is None.
+    """
+    table = []
+    for row in rows:
+        claim, published, local = row.claim, row.published, row.local
+        table.append(
+            {
+                "claim": claim.id,
+                "paper": row.paper.short,
+                "title": row.paper.title,
+                "part": row.part.title,
+                "headline": claim.headline,
+                "sentence": claim.sentence,
+                "metric": claim.metric,
+                "unit": claim.unit,
+                "tested": claim.tested,
+                "paper_value": None if claim.paper is None else claim.paper_text,
+                "paper_value_verified": row.verified,
+                "verdict": row.decision.verdict.value,
+                "indicative": row.decision.indicative,
+                **_flat(published, ""),
+                "local_verdict": local.decision.verdict.value if local and local.quantity else None,
+                **_flat(local, "local_"),
+            }
+        )
+    return table
+
+
+def _flat(result: Result | None, prefix: str) -> dict[str, Any]:
+    quantity = result.quantity if result else None
+    run = result.record if result else None
+    values = {
+        **{name: getattr(quantity, name) if quantity else None for name in ("value", "low", "high", "n")},
+        "reason": result.reason or None if result else None,
+        "profile": run.profile if run else None,
+        "freshness": None if result is None else "stale" if result.changes else "fresh",
+        "changes": "; ".join(result.changes) if result else None,
+        **{
+            name: getattr(run.provenance, name) if run else None
+            for name in ("processor", "cores", "threads", "accelerator", "wall_s", "started", "commit", "modified")
+        },
+    }
+    return {f"{prefix}{name}": value for name, value in values.items()}
+
+
+def write_scoreboard(rows: Iterable[ScoreRow], folder: Path) -> list[Path]:
+    """Write the scoreboard as `scoreboard.csv` and `scoreboard.json` into a folder."""
+    table = scoreboard_table(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(table[0]) if table else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    contents = {"csv": text.getvalue(), "json": json.dumps(table, indent=1, ensure_ascii=False) + "\n"}
+    for kind, content in contents.items():
+        paths.write_atomically(folder / f"scoreboard.{kind}", content)
+    return [folder / f"scoreboard.{kind}" for kind in contents]
 
 
 # ---------------------------------------------------------------- checks on executed chapters

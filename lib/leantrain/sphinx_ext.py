@@ -22,7 +22,7 @@ import re
 import shutil
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -39,6 +39,7 @@ from leantrain.book import (
     primary_quantity,
     scoreboard_rows,
     tally,
+    write_scoreboard,
 )
 from leantrain.catalog import Catalog, CatalogError, Claim, Decision, Paper, Part, Quantity, Verdict, load_catalog
 from leantrain.chapter import badge, format_quantity
@@ -178,7 +179,9 @@ def _claim_html(row: ScoreRow, with_local: bool) -> str:
         cells.append(("This machine", found + (f" {badge(row.local.decision)}" if row.local and measured else "")))
     body = "".join(f"<td role='cell' data-label='{label}'><div>{content}</div></td>" for label, content in cells)
     head = f"{e(claim.sentence)} <small>{e(claim.metric)}; {_TESTED[claim.tested]}</small>"
-    return f"<tr class='lt-claim' role='row'><th scope='row' role='rowheader'>{head}</th>{body}</tr>"
+    verdict = row.decision.verdict.value
+    marks = f"data-verdict='{verdict}' data-tested='{claim.tested}'{' data-headline' if claim.headline else ''}"
+    return f"<tr class='lt-claim' role='row' {marks}><th scope='row' role='rowheader'>{head}</th>{body}</tr>"
 
 
 def _paper_html(rows: list[ScoreRow], with_local: bool) -> str:
@@ -231,14 +234,23 @@ def tally_html(rows: list[ScoreRow]) -> str:
 # ---------------------------------------------------------------- directives and roles
 
 
+_SCOREBOARD = "book/scoreboard"
+
+#: The files are written when the build ends; scoreboard.js puts its controls into the first element.
+_SCOREBOARD_HEAD = (
+    "<div id='lt-score-controls'></div><p class='lt-score-files'>The whole table as data: "
+    "<a href='scoreboard.csv' download>CSV</a>, <a href='scoreboard.json' download>JSON</a>.</p>"
+)
+
+
 class ScoreboardDirective(SphinxDirective):
-    """`{scoreboard}`: a section for each part of the book, with its table."""
+    """`{scoreboard}`: its controls and files, and a section for each part of the book with its table."""
 
     def run(self) -> list[nodes.Node]:
         book = _book(self.env)
         # A machine's own results are news only beside published ones or on the machine that made them.
         with_local = any(row.local for row in book.rows)
-        sections: list[nodes.Node] = []
+        sections: list[nodes.Node] = [BookHtml(markup=_SCOREBOARD_HEAD)]
         for part in book.catalog.parts:
             rows = [row for row in book.rows if row.part.slug == part.slug]
             if not rows:
@@ -423,6 +435,17 @@ def _bring_mathjax(app: Sphinx) -> None:
     shutil.copyfile(_mathjax_file(), target)
 
 
+def _bring_controls(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Only the scoreboard needs its script."""
+    if page == _SCOREBOARD:
+        app.add_js_file("scoreboard.js", loading_method="defer")
+
+
+def _export_scoreboard(app: Sphinx, exception: Exception | None) -> None:
+    if exception is None and app.builder.format == "html":
+        write_scoreboard(app.leantrain.rows, Path(app.outdir, _SCOREBOARD).parent)  # type: ignore[attr-defined]
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the extension with Sphinx."""
     app.add_node(
@@ -445,4 +468,6 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("env-get-outdated", _live_pages)
     app.connect("source-read", _leave_out_record)
     app.connect("doctree-read", _mark_stale)
+    app.connect("html-page-context", _bring_controls)
+    app.connect("build-finished", _export_scoreboard)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}
