@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ def verify(name: str) -> dict[str, str]:
         from leantrain.data.digits import read_digits
         from leantrain.data.docstrings import read_docstrings
 
-        {"digits": read_digits, "docstrings": read_docstrings}[name]()
+        readers: dict[str, Callable[[], object]] = {"digits": read_digits, "docstrings": read_docstrings}
+        readers[name]()
         return one.checksums
     for folder in folders():
         if not _missing(one, folder):
