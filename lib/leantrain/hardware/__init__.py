@@ -6,9 +6,20 @@ The common core is read in this order:
   meta device, and the small networks that the emulator chapters train;
 * `trace`: the zero masks (and values) of activations, weights and gradients of a network in training;
 * `lowering`: how the three products of a layer become streams of operands for a processing element;
-* `energy`: relative costs of an access and of a cycle.
+* `energy`: relative costs of an access and of a cycle;
+* `kernels`: how compiled kernels are built, and how many threads they use.
 
 An emulator (`tensordash`, ...) takes a configuration, a workload or a trace, and returns a tidy table.
 """
 
-__all__ = ["energy", "lowering", "tensordash", "trace", "workloads"]
+__all__ = [
+    "energy",
+    "fpraker",
+    "gradient_sparsity",
+    "kernels",
+    "lowering",
+    "procrustes",
+    "tensordash",
+    "trace",
+    "workloads",
+]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["TENSORDASH_FP32", "AccessEnergy", "CorePower"]
+__all__ = ["BFLOAT16_TILE", "FPRAKER_TILE", "TENSORDASH_FP32", "AccessEnergy", "CorePower", "TileCost"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,37 @@ class CorePower:
         """Power of the dense design over power of the sparse one; below 1."""
         return self.total("power_mw", "dense") / self.total("power_mw", "sparse")
 
+
+@dataclass(frozen=True)
+class TileCost:
+    """Area and power of one tile.
+
+    Attributes:
+        area_um2: Area of each part in square micrometres.
+        power_mw: Power of each part in milliwatts.
+    """
+
+    area_um2: MappingProxyType[str, float]
+    power_mw: MappingProxyType[str, float]
+
+    def __post_init__(self) -> None:
+        if set(self.area_um2) != set(self.power_mw):
+            raise ValueError("area_um2 and power_mw must name the same parts")
+
+    def total(self, quantity: Literal["area_um2", "power_mw"]) -> float:
+        """The sum over the parts, in the unit that the quantity's name ends with."""
+        return float(sum(getattr(self, quantity).values()))
+
+
+#: The tiles that we use for FPRaker and its baseline, 65 nm. We could not check these numbers in the paper.
+FPRAKER_TILE = TileCost(
+    area_um2=MappingProxyType({"processing elements": 304118.0, "term encoders": 12950.0}),
+    power_mw=MappingProxyType({"processing elements": 104.0, "term encoders": 5.5}),
+)
+BFLOAT16_TILE = TileCost(
+    area_um2=MappingProxyType({"processing elements": 1421579.0}),
+    power_mw=MappingProxyType({"processing elements": 475.0}),
+)
 
 #: The breakdown that we use for TensorDash, 32-bit floating point, 65 nm. We could not check it in the paper.
 TENSORDASH_FP32 = CorePower(

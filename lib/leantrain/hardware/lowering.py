@@ -34,6 +34,7 @@ __all__ = [
     "Chunk",
     "Phase",
     "StreamSet",
+    "TileSource",
     "Words",
     "operand_vectors",
     "pack_lanes",
@@ -93,6 +94,22 @@ class StreamSet:
     partner_batches: int
     partners: int
     repeats: int
+    steps: int
+
+
+class PhaseStreams(NamedTuple):
+    """The streams of one phase of a product, both operands; see `TileSource`.
+
+    Attributes:
+        batches: Independent batches, images times channel groups.
+        first: Streams of the first side of `SIDES` in a batch.
+        second: Streams of the second side in a batch, each of which meets each of the first.
+        steps: Steps of a stream.
+    """
+
+    batches: int
+    first: int
+    second: int
     steps: int
 
 
@@ -424,3 +441,119 @@ def _steps(values: NDArray, lanes: int) -> NDArray:
     filled = np.zeros((taps, blocks * lanes), dtype=values.dtype)
     filled[:, :length] = values
     return filled.reshape(taps * blocks, lanes)
+
+
+class TileSource:
+    """The values of both operands of a product, one tile at a time; nothing larger than a tile is built.
+
+    A tile pairs some streams of the first side with some of the second. Unlike `streams`, which looks at one operand,
+    the input's streams of "wgrad" are numbered through all channels and kernel taps, the tap fastest.
+
+    Args:
+        layer: The layer.
+        product: The product.
+        tensors: Both operands of the product, with the shapes of `streams`, of any data type.
+        lanes: Values of a step.
+
+    Attributes:
+        phases: The streams of each phase.
+    """
+
+    def __init__(self, layer: Layer, product: Product, tensors: Mapping[Operand, NDArray], *, lanes: int = 8) -> None:
+        for side in SIDES[product]:
+            if side not in tensors:
+                raise ValueError(f"{product} needs the operands {' and '.join(SIDES[product])}; {side} is missing")
+        if lanes < 1:
+            raise ValueError(f"lanes is {lanes}; expected at least 1")
+        self._layer, self._tensors = _as_image(layer, {side: tensors[side] for side in SIDES[product]})
+        self._product, self._lanes = product, lanes
+        self._ins = self._layer.in_channels // self._layer.groups
+        self._outs = self._layer.out_channels // self._layer.groups
+        self._phases = phases(self._layer, product)
+        batches = len(self._tensors[SIDES[product][0]]) * self._layer.groups
+        if product == "wgrad":
+            steps = -(-self._layer.out_size[0] * self._layer.out_size[1] // lanes)
+            taps = self._layer.kernel[0] * self._layer.kernel[1]
+            self.phases = [PhaseStreams(batches, self._outs, self._ins * taps, steps)]
+        else:
+            reduced, other = (self._ins, self._outs) if product == "forward" else (self._outs, self._ins)
+            blocks = -(-reduced // lanes)
+            self.phases = [PhaseStreams(batches, len(p.positions), other, len(p.taps) * blocks) for p in self._phases]
+
+    def operands(
+        self, phase: int, batch: int, first: NDArray[np.int64], second: NDArray[np.int64]
+    ) -> tuple[NDArray, NDArray]:
+        """The values of one tile.
+
+        Args:
+            phase: Index of the phase.
+            batch: Index of the batch in its phase.
+            first: Indices of the streams of the first side, (F,).
+            second: Indices of the streams of the second side, (S,).
+
+        Returns:
+            The streams of both sides, (F, steps, lanes) and (S, steps, lanes), filled up with zeros.
+        """
+        image, group = divmod(batch, self._layer.groups)
+        outs = slice(group * self._outs, (group + 1) * self._outs)
+        ins = slice(group * self._ins, (group + 1) * self._ins)
+        table = self._phases[phase]
+        if self._product == "wgrad":
+            gradient = self._tensors["grad_output"][image, outs][first].reshape(len(first), -1)
+            channel, tap = np.divmod(second, table.source.shape[1])
+            window = _gather(self._tensors["input"][image, ins][channel], table.source[:, tap].T[:, None])[:, 0]
+            return self._cut(gradient[:, None]), self._cut(window[:, None])
+        data = self._tensors[SIDES[self._product][0]][image, ins if self._product == "forward" else outs]
+        windows = _gather(data, np.broadcast_to(table.source[first], (len(data), len(first), len(table.taps))))
+        weight = self._tensors["weight"][outs]
+        if self._product == "forward":
+            own = weight[second][:, :, table.taps[:, 0], table.taps[:, 1]].transpose(0, 2, 1)
+        else:
+            own = weight[:, second][:, :, table.taps[:, 0], table.taps[:, 1]].transpose(1, 2, 0)
+        return self._cut(windows.transpose(1, 2, 0)), self._cut(own)
+
+    def outputs(
+        self, phase: int, batch: int, first: NDArray[np.int64], second: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], ...]:
+        """Where the output values of a tile belong, as an index into the output of the product.
+
+        Args:
+            phase: Index of the phase.
+            batch: Index of the batch in its phase.
+            first: Indices of the streams of the first side, (F,).
+            second: Indices of the streams of the second side, (S,).
+
+        Returns:
+            Index arrays that broadcast to (F, S): (image, k, row, column) of the output, (image, c, row, column) of the
+            input's gradient, (image, k, c, kernel row, kernel column) of one image's share of the weights' gradient.
+            For a linear layer the image is 0 and the row is the sample.
+        """
+        image, group = (np.array(index) for index in divmod(batch, self._layer.groups))
+        table = self._phases[phase]
+        if self._product == "wgrad":
+            channel, tap = np.divmod(second, table.source.shape[1])
+            kernel_row, kernel_column = np.divmod(tap, self._layer.kernel[1])
+            return image, (group * self._outs + first)[:, None], channel, kernel_row, kernel_column
+        other, size = (
+            (self._outs, self._layer.out_size) if self._product == "forward" else (self._ins, self._layer.in_size)
+        )
+        row, column = np.divmod(table.positions[first][:, None], size[1])
+        return image, group * other + second, row, column
+
+    def _cut(self, values: NDArray) -> NDArray:
+        """(F, T, D) values to (F, T * ceil(D / lanes), lanes)."""
+        count, taps, length = values.shape
+        blocks = -(-length // self._lanes)
+        filled = np.zeros((count, taps, blocks * self._lanes), dtype=values.dtype)
+        filled[:, :, :length] = values
+        return filled.reshape(count, taps * blocks, self._lanes)
+
+
+def _gather(images: NDArray, source: NDArray[np.int64]) -> NDArray:
+    """Values of (C, H, W) at (C, P, T) places, flat indices of an image with one more row and column of zeros."""
+    channels, height, width = images.shape
+    row, column = np.divmod(source, width + 1)
+    inside = (row < height) & (column < width)
+    flat = np.where(inside, row * width + column, 0)
+    found = np.take_along_axis(images.reshape(channels, -1), flat.reshape(channels, -1), axis=1).reshape(source.shape)
+    return np.where(inside, found, np.zeros((), images.dtype))

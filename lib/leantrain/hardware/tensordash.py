@@ -13,8 +13,7 @@ The order of the five lookaside options, the sign of the farthest, and everythin
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +24,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from leantrain.hardware.energy import TENSORDASH_FP32, AccessEnergy, CorePower
+from leantrain.hardware.kernels import compiled, thread_count
 from leantrain.hardware.lowering import (
     SIDES,
     Operand,
@@ -163,14 +163,6 @@ class TensorDash:
         return self.lanes * self.rows * self.columns * self.tiles
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with Numba, and keep the machine code on disk where a folder for it can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder for the cache, as in a read-only installation
-        return numba.njit(nogil=True)(function)
-
-
 def _take_turned(staged: Words, free: Words, level: int, right: int, left: int) -> None:
     """Give each free lane of a level the staged pair that lies `right` lanes above it, in every stream.
 
@@ -189,7 +181,7 @@ def _take_turned(staged: Words, free: Words, level: int, right: int, left: int) 
 _inlined = numba.njit(nogil=True, inline="always")(_take_turned)
 
 
-@_compiled
+@compiled
 def _take(staged: Words, free: Words, level: int, offset: int) -> None:
     """One option of one level, for all streams of a block: the pair in lane + `offset`, at most 3 to either side."""
     if offset == 0:
@@ -208,7 +200,7 @@ def _take(staged: Words, free: Words, level: int, offset: int) -> None:
         _inlined(staged, free, level, 13, 3)
 
 
-@_compiled
+@compiled
 def _advance_blocks(
     words: Words,
     first: int,
@@ -320,7 +312,7 @@ def _advance_blocks(
                 active -= 1
 
 
-@_compiled
+@compiled
 def _advance_lanes(
     words: Words,
     depth: int,
@@ -502,7 +494,7 @@ def schedule(words: Words, config: TensorDash | None = None, *, threads: int | N
             words, first, last, side_by_side, config.depth, levels, option_steps, option_offsets, cycles, counters
         )
 
-    workers = threads or _threads()
+    workers = threads or thread_count()
     share = -(-groups // workers)
     if workers == 1 or words.size < _ALONE or groups <= 2 * slots:
         run(0, groups)
@@ -510,17 +502,6 @@ def schedule(words: Words, config: TensorDash | None = None, *, threads: int | N
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(lambda first: run(first, min(first + share, groups)), range(0, groups, share)))
     return Schedule(cycles, counters[..., 0], counters[..., 1], counters[..., 2])
-
-
-def _threads() -> int:
-    """Processors at hand, at most `OMP_NUM_THREADS`.
-
-    Numba's own count is not asked for: that starts Numba's thread pool and changes the number of OpenMP threads that
-    PyTorch works with in the same process.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    allowed = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(allowed)) if allowed.isdigit() and int(allowed) else cores
 
 
 def schedule_moves(words: Words, config: TensorDash | None = None) -> Moves:
