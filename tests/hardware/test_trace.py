@@ -268,3 +268,34 @@ def test_a_failing_run_leaves_no_hooks():
     with pytest.raises(RuntimeError, match="stop"):
         fit(module, OneBatch(), Breaks())
     assert not any(part._forward_hooks for part in module.modules())
+
+
+def test_further_masks_of_the_input_are_kept_saved_and_checked(tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    x = torch.randn(5, 2, 4, 4)
+
+    def large(values):
+        return None if not values.requires_grad else values > 0.5
+
+    with capture(model, samples=3, also={"large": large}) as recorder:
+        model(x).sum().backward()
+    trace = recorder.trace()
+    assert [sorted(entry.extra) for entry in trace.layers] == [[], ["large"], ["large"]]
+    hidden = torch.relu(model[0](x))[:3]
+    assert (trace.layers[1].extra["large"].mask() == (hidden > 0.5).numpy()).all()
+    assert trace.layers[2].extra["large"].shape == (3, 16)
+    trace.save(tmp_path / "step")
+    again = Trace.load(tmp_path / "step")
+    assert (again.layers[1].extra["large"].mask() == trace.layers[1].extra["large"].mask()).all()
+    assert again.layers[0].extra == {}
+    assert again.bytes == trace.bytes
+    with (
+        pytest.raises(ValueError, match="mask 'large' of layer '0' is"),
+        capture(model, also={"large": lambda values: values[:, :1] > 0}),
+    ):
+        model(x)
+    with (
+        pytest.raises(ValueError, match="passes 60 bytes"),
+        capture(model, limit_bytes=60, also={"all": lambda v: v > 9}),
+    ):
+        model(x)

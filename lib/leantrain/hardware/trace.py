@@ -143,8 +143,8 @@ class Trace:
         for number, entry in enumerate(self.layers):
             for name, mask in entry.masks.items():
                 tensors[f"{number}.{name}.mask"] = mask.bits
-            for name, mask in entry.extra.items():
-                tensors[f"{number}.{name}.extra"] = mask.bits
+            for label, mask in entry.extra.items():
+                tensors[f"{number}.{label}.extra"] = mask.bits
             for name, values in entry.values.items():
                 tensors[f"{number}.{name}.values"] = np.ascontiguousarray(values)
         content = save(tensors)
