@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from leantrain.hardware.energy import BFLOAT16_TILE, FPRAKER_TILE, AccessEnergy
 from leantrain.hardware.kernels import compiled, thread_count
 from leantrain.hardware.lowering import SIDES, Operand, TileSource
+from leantrain.hardware.reports import read_columns, read_products
 from leantrain.hardware.trace import LayerTrace, Trace
 from leantrain.hardware.workloads import NETWORKS, PRODUCTS, Layer, Product, build_network
 
@@ -1340,16 +1341,6 @@ def cycle_report(
     return report
 
 
-def _read(frame: pd.DataFrame, keep: Sequence[str], names: Sequence[str], labels: list[str]) -> pd.DataFrame:
-    if not names:
-        raise ValueError("the table has no columns of a cycle report, such as 'FPRaker/forward/cycles'")
-    long = frame.melt([*keep], names, value_name="value")
-    long[labels] = long["variable"].str.split("/", expand=True)
-    index = [*keep, *labels[:2]]
-    wide = long.pivot(index=index, columns=labels[2], values="value").dropna(how="all").reset_index()
-    return wide.rename_axis(columns=None)
-
-
 def read_report(frame: pd.DataFrame, keep: Sequence[str] = ("arm", "seed", "epoch")) -> pd.DataFrame:
     """Turn the columns that `cycle_report` logged of the products into a tidy table.
 
@@ -1361,9 +1352,7 @@ def read_report(frame: pd.DataFrame, keep: Sequence[str] = ("arm", "seed", "epoc
         One row a row of `frame`, configuration and product: the kept columns, config, product, and the quantities,
         ready for `summarise`.
     """
-    parts = {column: column.split("/") for column in frame.columns if column.count("/") == 2}
-    names = [column for column, (_, product, what) in parts.items() if product in PRODUCTS and what in _SUMS]
-    return _read(frame, keep, names, ["config", "product", "quantity"])
+    return read_products(frame, keep, _SUMS, "FPRaker/forward/cycles")
 
 
 def read_operands(frame: pd.DataFrame, keep: Sequence[str] = ("arm", "seed", "epoch")) -> pd.DataFrame:
@@ -1377,7 +1366,8 @@ def read_operands(frame: pd.DataFrame, keep: Sequence[str] = ("arm", "seed", "ep
         One row a row of `frame` and operand, with the sums and shares of `operand_table`.
     """
     names = [column for column in frame.columns if column.startswith("operands/")]
-    return _with_shares(_read(frame, keep, names, ["table", "operand", "quantity"]).drop(columns="table"))
+    wide = read_columns(frame, keep, names, ["table", "operand", "quantity"], "FPRaker/forward/cycles")
+    return _with_shares(wide.drop(columns="table"))
 
 
 def matmul(

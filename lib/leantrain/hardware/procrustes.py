@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from leantrain.hardware.energy import AccessEnergy
 from leantrain.hardware.kernels import compiled, thread_count
 from leantrain.hardware.lowering import Operand
+from leantrain.hardware.reports import read_products
 from leantrain.hardware.trace import LayerTrace, Packed, Trace
 from leantrain.hardware.workloads import PRODUCTS, Layer, Product
 
@@ -786,14 +787,7 @@ def read_report(frame: pd.DataFrame, keep: Sequence[str] = ("arm", "seed", "epoc
         One row a row of `frame`, configuration and product: the kept columns, config, product, and the quantities,
         ready for `summarise`.
     """
-    names = [column for column in frame.columns if column.count("/") == 2 and column.split("/")[2] in _SUMS]
-    if not names:
-        raise ValueError("the table has no columns of a cycle report, such as 'balanced/forward/cycles'")
-    long = frame.melt([*keep], names, value_name="value")
-    long[["config", "product", "quantity"]] = long["variable"].str.split("/", expand=True)
-    index = [*keep, "config", "product"]
-    wide = long.pivot(index=index, columns="quantity", values="value").dropna(how="all").reset_index()
-    return wide.rename_axis(columns=None)
+    return read_products(frame, keep, _SUMS, "balanced/forward/cycles")
 
 
 @dataclass(frozen=True)
