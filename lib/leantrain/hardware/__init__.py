@@ -7,7 +7,6 @@ The common core is read in this order:
 * `trace`: the zero masks (and values) of activations, weights and gradients of a network in training;
 * `lowering`: how the three products of a layer become streams of operands for a processing element;
 * `energy`: relative costs of an access and of a cycle;
-* `kernels`: how compiled kernels are built, and how many threads they use;
 * `reports`: what a training run logged of its traces, as tidy tables again.
 
 An emulator (`tensordash`, ...) takes a configuration, a workload or a trace, and returns a tidy table.
@@ -17,7 +16,6 @@ __all__ = [
     "energy",
     "fpraker",
     "gradient_sparsity",
-    "kernels",
     "lowering",
     "procrustes",
     "reports",

@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leantrain.hardware.energy import BFLOAT16_TILE, FPRAKER_TILE, AccessEnergy
-from leantrain.hardware.kernels import compiled, thread_count
 from leantrain.hardware.lowering import SIDES, Operand, TileSource
 from leantrain.hardware.reports import read_columns, read_products
 from leantrain.hardware.trace import LayerTrace, Trace
 from leantrain.hardware.workloads import NETWORKS, PRODUCTS, Layer, Product, build_network
+from leantrain.kernels import compiled, thread_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -34,11 +34,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from leantrain.hardware.energy import AccessEnergy
-from leantrain.hardware.kernels import compiled
 from leantrain.hardware.lowering import Operand, phases
 from leantrain.hardware.reports import read_products
 from leantrain.hardware.trace import LayerTrace, Packed, Trace, TracedClassifier, capture
 from leantrain.hardware.workloads import PRODUCTS, Layer, Product, build_network
+from leantrain.kernels import compiled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -30,11 +30,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from leantrain.hardware.energy import AccessEnergy
-from leantrain.hardware.kernels import compiled, thread_count
 from leantrain.hardware.lowering import Operand
 from leantrain.hardware.reports import read_products
 from leantrain.hardware.trace import LayerTrace, Packed, Trace
 from leantrain.hardware.workloads import PRODUCTS, Layer, Product
+from leantrain.kernels import compiled, thread_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

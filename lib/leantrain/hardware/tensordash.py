@@ -24,7 +24,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from leantrain.hardware.energy import TENSORDASH_FP32, AccessEnergy, CorePower
-from leantrain.hardware.kernels import compiled, thread_count
 from leantrain.hardware.lowering import (
     SIDES,
     Operand,
@@ -35,8 +34,10 @@ from leantrain.hardware.lowering import (
     stream_sets,
     streams,
 )
+from leantrain.hardware.reports import read_products
 from leantrain.hardware.trace import LayerTrace, Trace
 from leantrain.hardware.workloads import PRODUCTS, Layer, Product
+from leantrain.kernels import compiled, thread_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -845,11 +846,4 @@ def read_report(frame: pd.DataFrame, keep: Sequence[str] = ("arm", "seed", "epoc
         One row a row of `frame`, configuration and product: the kept columns, config, product, and the quantities,
         ready for `summarise`.
     """
-    names = [column for column in frame.columns if column.count("/") == 2 and column.split("/")[2] in _SUMS]
-    if not names:
-        raise ValueError("the table has no columns of a cycle report, such as 'R4/forward/cycles'")
-    long = frame.melt([*keep], names, value_name="value")
-    long[["config", "product", "quantity"]] = long["variable"].str.split("/", expand=True)
-    index = [*keep, "config", "product"]
-    wide = long.pivot(index=index, columns="quantity", values="value").dropna(how="all").reset_index()
-    return wide.rename_axis(columns=None)
+    return read_products(frame, keep, _SUMS, "R4/forward/cycles")

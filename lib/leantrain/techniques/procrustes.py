@@ -25,22 +25,23 @@ The threshold :math:`\theta` is either the exact one, which needs all scores at 
 
 and the weight is tracked if :math:`x > q` held before the move.
 
-`DropBack` is a `torch.optim.SGD` with the selection after its step. It needs nothing else of this project.
+`DropBack` is a `torch.optim.SGD` with the selection after its step. Of this project it needs `kernels` alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
+
+from leantrain.kernels import compiled
 
 __all__ = ["DropBack", "Selection", "initial_rate", "stream_select", "top_threshold", "zero_share"]
 
@@ -85,15 +86,7 @@ def top_threshold(scores: Tensor, keep: int) -> float:
     return float(torch.kthvalue(scores, place).values)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with Numba, and keep the machine code on disk where a folder for it can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder for the cache, as in a read-only installation
-        return numba.njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def _stream(scores: NDArray[np.float32], q: float, up: float, down: float, tracked: NDArray[np.bool_]) -> float:
     """Compare each score with the estimate, note the result, and only then move the estimate."""
     for i in range(scores.size):
@@ -103,7 +96,7 @@ def _stream(scores: NDArray[np.float32], q: float, up: float, down: float, track
     return q
 
 
-@_compiled
+@compiled
 def _stream_by(
     scores: NDArray[np.float32], q: float, up: float, down: float, width: int, tracked: NDArray[np.bool_]
 ) -> float:

@@ -1,4 +1,4 @@
-"""What the emulators' compiled kernels share: how they are compiled, and how many threads they use."""
+"""What compiled kernels share: how they are compiled, and how many threads they use."""
 
 from __future__ import annotations
 
