@@ -13,6 +13,7 @@ import argparse
 
 import pandas as pd
 import torch
+from torch.nn import functional as F
 
 from leantrain.measure import paired_timing
 from leantrain.techniques.swiftlearn import sample_passes
@@ -39,12 +40,14 @@ def main() -> None:
 
         def train(ids: torch.Tensor = ids, mask: torch.Tensor = mask, y: torch.Tensor = y) -> None:
             optimizer.zero_grad()
-            model(input_ids=ids, attention_mask=mask, labels=y).loss.backward()
+            F.cross_entropy(model(input_ids=ids, attention_mask=mask).logits, y).backward()
             optimizer.step()
 
         def forward(ids: torch.Tensor = ids, mask: torch.Tensor = mask) -> None:
+            model.eval()
             with torch.no_grad():
                 model(input_ids=ids, attention_mask=mask)
+            model.train()
 
         timing = paired_timing({"train": train, "forward": forward}, arguments.repeats)
         c = timing.ratio("forward", "train")

@@ -166,7 +166,7 @@ def test_the_small_encoder_knows_what_sentences_mean(capfd):
     torch.manual_seed(0)
     model = encoders.sentence_encoder("minilm", 2).eval()
     assert capfd.readouterr() == ("", ""), "loading is silent"
-    assert sum(p.numel() for p in model.parameters()) == 22_713_986
+    assert sum(p.numel() for p in model.parameters()) == 22_566_146
     texts = ["a wonderful film", "a great movie", "the interest rate rose"]
     found = [torch.tensor([tokenizer.encode(text).ids]) for text in texts]
     with torch.no_grad():
@@ -174,6 +174,25 @@ def test_the_small_encoder_knows_what_sentences_mean(capfd):
     near, far = F.cosine_similarity(means[:1], means[1:])
     assert near > 0.5
     assert far < 0.2
+
+
+def test_a_loaded_encoder_is_in_training_mode():
+    model = encoders.sentence_encoder("minilm", 2)
+    assert all(part.training for part in model.modules())
+
+
+def test_the_mean_is_that_of_the_tokens_alone():
+    """Padding changes nothing."""
+    torch.manual_seed(0)
+    model = encoders.sentence_encoder("minilm", 2, untrained=True).eval()
+    ids = torch.tensor([[101, 2023, 3185, 102]])
+    padded = torch.cat([ids, torch.full((1, 3), 7)], 1)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        bare = model(ids, torch.ones_like(ids)).logits
+        hidden = model.bert(ids).last_hidden_state
+        torch.testing.assert_close(bare, model.classifier(hidden.mean(1)))
+        torch.testing.assert_close(model(padded, mask).logits, bare, rtol=1e-4, atol=1e-5)
 
 
 def test_the_new_layer_depends_on_the_seed_alone():
@@ -190,7 +209,7 @@ def test_bert_base_has_its_size_without_any_file():
         model = encoders.sentence_encoder("bert-base", 2, untrained=True)
         small = encoders.sentence_encoder("minilm", 2, untrained=True)
     assert sum(p.numel() for p in model.parameters()) == 109_483_778
-    assert sum(p.numel() for p in small.parameters()) == 22_713_986
+    assert sum(p.numel() for p in small.parameters()) == 22_566_146
 
 
 def test_missing_and_changed_files_are_named(tmp_path, monkeypatch):

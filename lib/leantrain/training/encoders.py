@@ -7,14 +7,15 @@ import hashlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from leantrain.data.errors import CorruptData, MissingData
 from leantrain.data.fetch import folders
 
-__all__ = ["ENCODERS", "encoder_checksums", "sentence_encoder", "sentence_tokenizer"]
+__all__ = ["ENCODERS", "Classified", "MeanPooled", "encoder_checksums", "sentence_encoder", "sentence_tokenizer"]
 
 #: `minilm` is all-MiniLM-L6-v2 (6 layers of width 384), which comes with a package of the lock; `bert-base` is
 #: bert-base-uncased (12 layers of width 768), whose three files belong into the data folder. They share one vocabulary.
@@ -24,6 +25,43 @@ _SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
+
+# Nothing is looked up in the network, and nothing is unpickled.
+_LOCAL: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+
+
+class Classified(NamedTuple):
+    """What a classifier returns.
+
+    Attributes:
+        logits: ``(B, num_classes)``.
+    """
+
+    logits: Tensor
+
+
+class MeanPooled(nn.Module):
+    """An encoder, the mean of its outputs over the tokens, dropout, and a linear layer.
+
+    Args:
+        bert: Called with ``input_ids`` and ``attention_mask``, both ``(B, N)``; its output has `last_hidden_state`,
+            ``(B, N, width)``.
+        width: Width of the encoder.
+        num_classes: Number of classes.
+        dropout: Share of the means that dropout sets to zero.
+    """
+
+    def __init__(self, bert: nn.Module, width: int, num_classes: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.bert = bert
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Classified:
+        """Logits of ids and their mask, both ``(B, N)``; every row of the mask holds a 1."""
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        shown = attention_mask[:, :, None].to(hidden.dtype)
+        return Classified(self.classifier(self.dropout((hidden * shown).sum(1) / shown.sum(1))))
 
 
 def sentence_tokenizer(name: str) -> Tokenizer:
@@ -41,13 +79,15 @@ def sentence_tokenizer(name: str) -> Tokenizer:
 
 
 def sentence_encoder(name: str, num_classes: int, *, untrained: bool = False) -> nn.Module:
-    """An encoder with a new linear layer that classifies sequences by their first token.
+    """An encoder with a new linear layer that classifies sequences.
 
-    The new layer is drawn from PyTorch's global random number generator. Call the model with ``input_ids`` and
-    ``attention_mask``, both ``(B, N)``; its output has ``logits``, ``(B, num_classes)``.
+    The layer reads what the encoder was trained to give: the mean over the tokens of `minilm`, the first token of
+    `bert-base`. It is drawn from PyTorch's global random number generator. Call the model with ``input_ids`` and
+    ``attention_mask``, both ``(B, N)``; its output has ``logits``, ``(B, num_classes)``. It is in training
+    mode: transformers loads models in evaluation mode, and Lightning would leave them there.
 
     Args:
-        name: `minilm` (22.7 million parameters) or `bert-base` (109.5 million).
+        name: `minilm` (22.6 million parameters) or `bert-base` (109.5 million).
         num_classes: Number of classes, at least 2.
         untrained: Draw all weights at random and read no file: to try out a run, or to time it.
 
@@ -56,19 +96,24 @@ def sentence_encoder(name: str, num_classes: int, *, untrained: bool = False) ->
         MissingData: As in :func:`sentence_tokenizer`.
         CorruptData: As in :func:`sentence_tokenizer`.
     """
-    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
 
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     _check_name(name)
+    if name == "minilm":
+        if untrained:
+            small = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+            return MeanPooled(BertModel(small, add_pooling_layer=False), 384, num_classes)
+        with _silent():
+            bert = BertModel.from_pretrained(_folder(name), add_pooling_layer=False, **_LOCAL)
+        return MeanPooled(bert.train(), 384, num_classes)
     if untrained:
         # The configuration's own values are those of bert-base.
-        small = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536} if name == "minilm" else {}
-        return BertForSequenceClassification(BertConfig.from_dict({"num_labels": num_classes, **small}))
+        return BertForSequenceClassification(BertConfig(num_labels=num_classes))
     with _silent():
-        return AutoModelForSequenceClassification.from_pretrained(
-            _folder(name), num_labels=num_classes, local_files_only=True, use_safetensors=True
-        )
+        model = BertForSequenceClassification.from_pretrained(_folder(name), num_labels=num_classes, **_LOCAL)
+    return model.train()
 
 
 def encoder_checksums(name: str) -> dict[str, str]:
