@@ -110,7 +110,7 @@ def sentence_encoder(name: str, num_classes: int, *, untrained: bool = False) ->
         return MeanPooled(bert.train(), 384, num_classes)
     if untrained:
         # The configuration's own values are those of bert-base.
-        return BertForSequenceClassification(BertConfig(num_labels=num_classes))
+        return BertForSequenceClassification(BertConfig.from_dict({"num_labels": num_classes}))
     with _silent():
         model = BertForSequenceClassification.from_pretrained(_folder(name), num_labels=num_classes, **_LOCAL)
     return model.train()
