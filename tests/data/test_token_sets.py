@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leantrain.data import text, tokens
+from leantrain.data import own_tokens, text, tokens
 from leantrain.data.errors import CorruptData
 from leantrain.data.token_sets import byte_pair_tokenizer
 
@@ -108,3 +108,51 @@ def test_bad_options_are_refused(shakespeare, change, message):
     options = {"name": "tinyshakespeare", "vocab_size": 290, "block": 8, "batch_size": 2} | change
     with pytest.raises(ValueError, match=message):
         tokens(options.pop("name"), **options)
+
+
+def test_parts_divide_a_pass_into_epochs(shakespeare):
+    options = {"vocab_size": 290, "block": 8, "batch_size": 2}
+    whole, parted = tokens("tinyshakespeare", **options), tokens("tinyshakespeare", **options, parts=3)
+    assert parted.train_size == whole.train_size // 3
+    assert parted.fingerprint != whole.fingerprint
+    seen = []
+    for epoch in range(6):
+        parted.set_epoch(epoch)
+        assert len(parted.train_dataloader()) == parted.train_size // 2
+        seen.append(torch.cat(list(parted.train_dataloader())))
+    whole.set_epoch(1)
+    second_pass = torch.cat(list(whole.train_dataloader()))
+    size = len(seen[3])
+    assert torch.equal(seen[3], second_pass[:size]), "the first part of a pass is how the pass begins"
+    assert not torch.equal(torch.cat(seen[:3]), torch.cat(seen[3:]))
+    with pytest.raises(ValueError, match="parts must be 1 to"):
+        tokens("tinyshakespeare", **options, parts=10_000)
+
+
+def test_parts_of_a_pass_do_not_overlap():
+    blocks = " ".join(f"{i:05}" for i in range(40)) + " "
+    tokenizer = byte_pair_tokenizer("", 257)
+    data = own_tokens("numbers", tokenizer, blocks, blocks, block=6, batch_size=1, parts=4)
+    rows = []
+    for epoch in range(4):
+        data.set_epoch(epoch)
+        rows += [tokenizer.decode(row) for batch in data.train_dataloader() for row in batch.tolist()]
+    assert sorted(rows) == [f"{i:05} " for i in range(40)]
+
+
+def test_own_texts_are_cut_as_named_ones_are(shakespeare):
+    named = tokens("tinyshakespeare", vocab_size=290, block=8, batch_size=4)
+    texts = text("tinyshakespeare", "train"), text("tinyshakespeare", "val")
+    own = own_tokens("mine", named.tokenizer, *texts, block=8, batch_size=4)
+    for a, b in ((named.train_dataloader(), own.train_dataloader()), (named.val_dataloader(), own.val_dataloader())):
+        assert torch.equal(torch.cat(list(a)), torch.cat(list(b)))
+    assert (own.train_size, own.val_size, own.block) == (named.train_size, named.val_size, 8)
+    assert own.fingerprint != own_tokens("mine", named.tokenizer, texts[1], texts[1], block=8, batch_size=4).fingerprint
+    assert set(own.checksums) == {"mine, train", "mine, val"}
+    for change, message in (
+        ({"block": 1}, "block"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"train_blocks": 10**6}, "train_blocks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            own_tokens("mine", named.tokenizer, *texts, **{"block": 8, "batch_size": 4} | change)

@@ -14,18 +14,23 @@ if TYPE_CHECKING:
     from leantrain.data.checks import duplicates, overlap
     from leantrain.data.errors import CorruptData, DataError, MissingData
     from leantrain.data.image_sets import ImageData, images
+    from leantrain.data.sentence_sets import SentenceBatch, SentenceData, sentences
     from leantrain.data.text_sets import table, text
-    from leantrain.data.token_sets import TokenData, tokens
+    from leantrain.data.token_sets import TokenData, own_tokens, tokens
 
 __all__ = [
     "CorruptData",
     "DataError",
     "ImageData",
     "MissingData",
+    "SentenceBatch",
+    "SentenceData",
     "TokenData",
     "duplicates",
     "images",
     "overlap",
+    "own_tokens",
+    "sentences",
     "table",
     "text",
     "tokens",
@@ -36,10 +41,14 @@ _HOME = {
     "DataError": "errors",
     "ImageData": "image_sets",
     "MissingData": "errors",
+    "SentenceBatch": "sentence_sets",
+    "SentenceData": "sentence_sets",
     "TokenData": "token_sets",
     "duplicates": "checks",
     "images": "image_sets",
     "overlap": "checks",
+    "own_tokens": "token_sets",
+    "sentences": "sentence_sets",
     "table": "text_sets",
     "text": "text_sets",
     "tokens": "token_sets",

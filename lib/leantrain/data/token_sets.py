@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,16 +15,17 @@ from leantrain.data.registry import dataset
 from leantrain.data.seeded import SeededData, epoch_generator, train_batch_count
 from leantrain.data.text_sets import TEXTS, text
 
-__all__ = ["TokenData", "byte_pair_tokenizer", "tokens"]
+__all__ = ["TokenData", "byte_pair_tokenizer", "own_tokens", "tokens"]
 
 # Bytes, without which a byte-level vocabulary cannot write every text.
 _BYTES = 256
 
 
 class TokenData(SeededData):
-    """Blocks of a running text as batches; built by :func:`tokens`.
+    """Blocks of a running text as batches; built by :func:`tokens` and :func:`own_tokens`.
 
-    A batch is an int64 tensor ``(B, block)`` of token ids. Every training epoch is a fresh permutation of the blocks.
+    A batch is an int64 tensor ``(B, block)`` of token ids. Every pass over the training blocks is a fresh permutation;
+    an epoch is a pass, or a part of one.
 
     Attributes:
         tokenizer: Turns text into ids and back.
@@ -103,6 +105,7 @@ def tokens(
     train_blocks: int | None = None,
     val_blocks: int | None = None,
     special: Sequence[str] = ("<unk>",),
+    parts: int = 1,
     stand_in: bool = False,
 ) -> TokenData:
     """A text by its name, cut into blocks of tokens, ready to train on.
@@ -118,6 +121,8 @@ def tokens(
         train_blocks: Use the first so many training blocks; None for all.
         val_blocks: The same for validation.
         special: Tokens that are never split, such as `<unk>` or a mask.
+        parts: Epochs that a pass over the training blocks is divided into, so that a long pass is validated more
+            often; at least 1, and at most so many that every epoch has a block.
         stand_in: Random ids in two batches of each split, with a vocabulary of the wanted size, without reading any
             file: to try out a run.
 
@@ -137,6 +142,8 @@ def tokens(
         "special": list(special),
         "stand_in": stand_in,
     }
+    if parts != 1:  # left out of the description where it changes nothing
+        options["parts"] = parts
     if stand_in:
         tokenizer = _stand_in_tokenizer(vocab_size, special)
         generator = epoch_generator(0, 0, "stand-in")
@@ -146,22 +153,85 @@ def tokens(
         train = _blocks(train_ids, block, train_blocks, "train_blocks")
         val = _blocks(val_ids, block, val_blocks, "val_blocks")
 
+    return _data(name, tokenizer, train, val, batch_size, parts, {} if stand_in else dataset(name).checksums, options)
+
+
+def own_tokens(
+    name: str,
+    tokenizer: Tokenizer,
+    train: str,
+    val: str,
+    *,
+    block: int,
+    batch_size: int,
+    train_blocks: int | None = None,
+    val_blocks: int | None = None,
+    parts: int = 1,
+) -> TokenData:
+    """Texts of one's own, cut into blocks of tokens as :func:`tokens` does, in a vocabulary that is there already.
+
+    Args:
+        name: What to call the data.
+        tokenizer: Turns text into ids. It is not changed.
+        train: The training text.
+        val: The validation text.
+        block: Tokens in a block, at least 2.
+        batch_size: Blocks in a batch, at least 1.
+        train_blocks: Use the first so many training blocks; None for all.
+        val_blocks: The same for validation.
+        parts: Epochs that a pass over the training blocks is divided into.
+
+    Raises:
+        ValueError: If a number is out of range, or a text is shorter than a block.
+    """
+    for option, value, least in (("block", block, 2), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{option} must be at least {least}, got {value}")
+    options: dict[str, Any] = {
+        "block": block,
+        "parts": parts,
+        "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+    }
+    checksums = {
+        f"{name}, {split}": hashlib.sha256(t.encode()).hexdigest() for split, t in (("train", train), ("val", val))
+    }
+    train_rows = _blocks(_encode(tokenizer, train), block, train_blocks, "train_blocks")
+    val_rows = _blocks(_encode(tokenizer, val), block, val_blocks, "val_blocks")
+    return _data(name, tokenizer, train_rows, val_rows, batch_size, parts, checksums, options)
+
+
+def _data(
+    name: str,
+    tokenizer: Tokenizer,
+    train: Tensor,
+    val: Tensor,
+    batch_size: int,
+    parts: int,
+    checksums: Mapping[str, str],
+    options: Mapping[str, Any],
+) -> TokenData:
+    if not 1 <= parts <= len(train):
+        raise ValueError(f"parts must be 1 to {len(train)}, the number of training blocks, got {parts}")
+    share = len(train) // parts
+
     def train_batches(seed: int, epoch: int) -> Iterator[Tensor]:
-        order = torch.randperm(len(train), generator=epoch_generator(seed, epoch, "order"))
-        for rows in order[: train_batch_count(len(train), batch_size) * batch_size].split(batch_size):
+        whole, part = divmod(epoch, parts)
+        order = torch.randperm(len(train), generator=epoch_generator(seed, whole, "order"))
+        chosen = order[part * share : (part + 1) * share]
+        for rows in chosen[: train_batch_count(share, batch_size) * batch_size].split(batch_size):
             yield train[rows].long()
 
     def val_batches() -> Iterator[Tensor]:
-        for part in val.split(batch_size):
-            yield part.long()
+        for rows in val.split(batch_size):
+            yield rows.long()
 
     return TokenData(
         name=name,
         tokenizer=tokenizer,
-        block=block,
-        checksums={} if stand_in else dataset(name).checksums,
+        block=train.shape[1],
+        checksums=checksums,
         batch_size=batch_size,
-        sizes=(len(train), len(val)),
+        sizes=(share, len(val)),
         options=options,
         train_batches=train_batches,
         val_batches=val_batches,
@@ -173,12 +243,12 @@ def _encoded(name: str, vocab_size: int, special: tuple[str, ...]) -> tuple[Toke
     first, second, *_ = TEXTS[name]
     train, val = text(name, first), text(name, second)
     tokenizer = byte_pair_tokenizer(train, vocab_size, special)
+    return tokenizer, _encode(tokenizer, train), _encode(tokenizer, val)
 
-    def encode(whole: str) -> Tensor:
-        lines = tokenizer.encode_batch_fast(whole.splitlines(keepends=True), add_special_tokens=False)
-        return torch.tensor([i for line in lines for i in line.ids], dtype=torch.int32)
 
-    return tokenizer, encode(train), encode(val)
+def _encode(tokenizer: Tokenizer, whole: str) -> Tensor:
+    lines = tokenizer.encode_batch_fast(whole.splitlines(keepends=True), add_special_tokens=False)
+    return torch.tensor([i for line in lines for i in line.ids], dtype=torch.int32)
 
 
 def _blocks(ids: Tensor, block: int, count: int | None, option: str) -> Tensor:

@@ -11,14 +11,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from leantrain.training.diverged import Diverged
     from leantrain.training.image_classifier import ImageClassifier
+    from leantrain.training.language_model import LanguageModel, next_token_loss, perplexity
+    from leantrain.training.masked_language_model import MaskedLanguageModel, MaskedTransformer, mask_tokens
     from leantrain.training.schedules import warmup_cosine, warmup_cosine_factor
+    from leantrain.training.sequence_classifier import SequenceClassifier
     from leantrain.training.vit import small_vit
+    from leantrain.training.weight_store import WeightStore
 
-__all__ = ["Diverged", "ImageClassifier", "small_vit", "warmup_cosine", "warmup_cosine_factor"]
+__all__ = [
+    "Diverged",
+    "ImageClassifier",
+    "LanguageModel",
+    "MaskedLanguageModel",
+    "MaskedTransformer",
+    "SequenceClassifier",
+    "WeightStore",
+    "mask_tokens",
+    "next_token_loss",
+    "perplexity",
+    "small_vit",
+    "warmup_cosine",
+    "warmup_cosine_factor",
+]
 
 _HOME = {
     "Diverged": "diverged",
     "ImageClassifier": "image_classifier",
+    "LanguageModel": "language_model",
+    "MaskedLanguageModel": "masked_language_model",
+    "MaskedTransformer": "masked_language_model",
+    "SequenceClassifier": "sequence_classifier",
+    "WeightStore": "weight_store",
+    "mask_tokens": "masked_language_model",
+    "next_token_loss": "language_model",
+    "perplexity": "language_model",
     "small_vit": "vit",
     "warmup_cosine": "schedules",
     "warmup_cosine_factor": "schedules",
