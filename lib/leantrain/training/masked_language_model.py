@@ -100,7 +100,7 @@ class MaskedTransformer(nn.Module):
         dropout: Probability with which an element of the embedding is dropped in training, at least 0 and below 1.
 
     Weights of all linear and embedding layers, the encoder's included, start normal with standard deviation
-    0.02 * sqrt(768 / D), cut at two standard deviations; biases zero. At BERT-base's width D = 768 this is BERT's own
+    0.02 * sqrt(768 / D); biases zero. At BERT-base's width D = 768 this is BERT's own
     0.02. A narrower model keeps the gain of BERT-base's layers; with 0.02 its blocks would begin as almost nothing.
 
     Raises:
@@ -328,6 +328,6 @@ def _gain(dim: int) -> float:
 
 def _start(module: nn.Module, std: float) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
