@@ -53,7 +53,7 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -440,7 +440,7 @@ def forward_macs(
 
 
 def _scaled(block: nn.Module, x: Tensor, context: tuple[Any, ...], scale: float) -> Tensor:
-    if _takes_scale(type(block)):
+    if _takes_scale(type(block).forward):
         out = block(x, *context, branch_scale=scale)
     else:
         out = block(x, *context)
@@ -455,8 +455,8 @@ def _scaled(block: nn.Module, x: Tensor, context: tuple[Any, ...], scale: float)
 
 
 @cache
-def _takes_scale(kind: type) -> bool:
-    return "branch_scale" in inspect.signature(kind.forward).parameters
+def _takes_scale(forward: Callable[..., Any]) -> bool:
+    return "branch_scale" in inspect.signature(forward).parameters
 
 
 def _check_rates(limit: float, gamma: float) -> None:

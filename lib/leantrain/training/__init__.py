@@ -12,9 +12,15 @@ if TYPE_CHECKING:
     from leantrain.training.diverged import Diverged
     from leantrain.training.image_classifier import ImageClassifier
     from leantrain.training.language_model import LanguageModel, next_token_loss, perplexity
-    from leantrain.training.masked_language_model import MaskedLanguageModel, MaskedTransformer, mask_tokens
+    from leantrain.training.masked_language_model import (
+        MaskedLanguageModel,
+        MaskedTransformer,
+        PretrainedClassifier,
+        mask_tokens,
+    )
     from leantrain.training.schedules import warmup_cosine, warmup_cosine_factor
     from leantrain.training.sequence_classifier import SequenceClassifier
+    from leantrain.training.snapshots import Snapshots
     from leantrain.training.vit import small_vit
     from leantrain.training.weight_store import WeightStore
 
@@ -24,7 +30,9 @@ __all__ = [
     "LanguageModel",
     "MaskedLanguageModel",
     "MaskedTransformer",
+    "PretrainedClassifier",
     "SequenceClassifier",
+    "Snapshots",
     "WeightStore",
     "mask_tokens",
     "next_token_loss",
@@ -40,7 +48,9 @@ _HOME = {
     "LanguageModel": "language_model",
     "MaskedLanguageModel": "masked_language_model",
     "MaskedTransformer": "masked_language_model",
+    "PretrainedClassifier": "masked_language_model",
     "SequenceClassifier": "sequence_classifier",
+    "Snapshots": "snapshots",
     "WeightStore": "weight_store",
     "mask_tokens": "masked_language_model",
     "next_token_loss": "language_model",

@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from leantrain.training.diverged import Diverged
-from leantrain.training.schedules import warmup_cosine
+from leantrain.training.language_model import scheduled
 
-__all__ = ["MaskedLanguageModel", "MaskedTransformer", "mask_tokens"]
+__all__ = ["MaskedLanguageModel", "MaskedTransformer", "PretrainedClassifier", "mask_tokens"]
 
 
 def mask_tokens(
@@ -100,7 +100,7 @@ class MaskedTransformer(nn.Module):
         dropout: Probability with which an element of the embedding is dropped in training, at least 0 and below 1.
 
     Weights of all linear and embedding layers, the encoder's included, start normal with standard deviation
-    0.02 * sqrt(768 / D), cut at two standard deviations; biases zero. At BERT-base's width D = 768 this is BERT's own
+    0.02 * sqrt(768 / D); biases zero. At BERT-base's width D = 768 this is BERT's own
     0.02. A narrower model keeps the gain of BERT-base's layers; with 0.02 its blocks would begin as almost nothing.
 
     Raises:
@@ -122,7 +122,7 @@ class MaskedTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-12)
         self.transform = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim, eps=1e-12))
         self.bias = nn.Parameter(torch.zeros(vocab_size))
-        self.apply(partial(_start, std=0.02 * math.sqrt(768 / dim)))
+        self.apply(partial(_start, std=_gain(dim)))
 
     def forward(self, ids: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Logits over the vocabulary.
@@ -137,14 +137,68 @@ class MaskedTransformer(nn.Module):
         Raises:
             ValueError: If the text is longer than `max_length`.
         """
+        x = self.encode(ids)
+        if chosen is not None:
+            x = x[chosen]
+        return F.linear(self.transform(self.norm(x)), self.tokens.weight, self.bias)
+
+    def encode(self, ids: Tensor, *context: Tensor) -> Tensor:
+        """What leaves the encoder, before the last norm.
+
+        Args:
+            ids: Token ids `(B, N)`, int64, with N at most `max_length`.
+            context: Handed to the encoder as it is, such as a mask of the tokens that may be seen.
+
+        Returns:
+            `(B, N, D)`.
+
+        Raises:
+            ValueError: If the text is longer than `max_length`.
+        """
         if ids.shape[1] > self.positions.num_embeddings:
             raise ValueError(f"the model reads {self.positions.num_embeddings} tokens at most, got {ids.shape[1]}")
         places = self.positions.weight[: ids.shape[1]]
         x = self.dropout(self.embedding_norm(self.tokens(ids) + places))
-        x = self.encoder(x)
-        if chosen is not None:
-            x = x[chosen]
-        return F.linear(self.transform(self.norm(x)), self.tokens.weight, self.bias)
+        return self.encoder(x, *context)
+
+
+class PretrainedClassifier(nn.Module):
+    """A pre-trained masked-language model that classifies texts: a new linear layer on the mean over their tokens.
+
+    The layer is drawn as all others are. The head that restored tokens is not used.
+
+    Args:
+        pretrained: The model, trained further from where it stands. Its encoder takes a mask as its second argument, as
+            transformer blocks do.
+        num_classes: Number of classes, at least 2.
+        dropout: Probability with which an element of the mean is dropped in training, at least 0 and below 1.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(self, pretrained: MaskedTransformer, num_classes: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        self.pretrained = pretrained
+        self.dropout = nn.Dropout(dropout)
+        self.classify = nn.Linear(pretrained.tokens.embedding_dim, num_classes)
+        _start(self.classify, std=_gain(pretrained.tokens.embedding_dim))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits `(B, num_classes)`.
+
+        Args:
+            input_ids: Token ids `(B, N)`, int64.
+            attention_mask: `(B, N)`, 1 for a token and 0 for padding; at least one token in every text.
+        """
+        seen = attention_mask.bool()
+        x = self.pretrained.norm(self.pretrained.encode(input_ids, seen[:, None, None]))
+        mean = (x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True)
+        return self.classify(self.dropout(mean))
 
 
 class MaskedLanguageModel(L.LightningModule):
@@ -162,7 +216,7 @@ class MaskedLanguageModel(L.LightningModule):
         probability: Share of the tokens that are predicted.
         seed: Seed of the training masks. The validation masks do not depend on it.
         warmup_fraction: Share of the optimiser steps that warm up, at least 0 and below 1.
-        max_grad_norm: The gradient is scaled down to this norm where it is larger; None for never.
+        clip: The gradient is scaled down to this norm where it is larger; None for never.
         callbacks: Callbacks that belong to the model, such as a technique's schedule.
 
     Weight decay acts on weights of two or more dimensions only.
@@ -183,14 +237,14 @@ class MaskedLanguageModel(L.LightningModule):
         probability: float = 0.15,
         seed: int = 0,
         warmup_fraction: float = 0.1,
-        max_grad_norm: float | None = 1.0,
+        clip: float | None = 1.0,
         callbacks: Sequence[L.Callback] = (),
     ) -> None:
         super().__init__()
         if not 0 <= warmup_fraction < 1:
             raise ValueError(f"warmup_fraction must be at least 0 and below 1, got {warmup_fraction}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be above 0, or None for no clipping; got {max_grad_norm}")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be above 0, or None for no clipping; got {clip}")
         self.model = model
         self.build_optimizer = optimizer
         self.masking: dict[str, Any] = {
@@ -201,7 +255,7 @@ class MaskedLanguageModel(L.LightningModule):
         }
         self.seed = seed
         self.warmup_fraction = warmup_fraction
-        self.max_grad_norm = max_grad_norm
+        self.clip = clip
         self.callbacks = list(callbacks)
         # "disable" lets a NaN through to the mean; the default would leave it out.
         self._val_loss = MeanMetric(nan_strategy="disable")
@@ -255,9 +309,9 @@ class MaskedLanguageModel(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient's norm to `max_grad_norm`."""
-        if self.max_grad_norm is not None:
-            self.clip_gradients(optimizer, gradient_clip_val=self.max_grad_norm, gradient_clip_algorithm="norm")
+        """Clip the gradient's norm to `clip`."""
+        if self.clip is not None:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the parameter groups, and its schedule over the whole run.
@@ -265,21 +319,15 @@ class MaskedLanguageModel(L.LightningModule):
         Raises:
             ValueError: If the trainer has no end, so that no schedule can be laid over it.
         """
-        total_steps = self.trainer.estimated_stepping_batches
-        if total_steps == float("inf"):
-            raise ValueError("the schedule needs the length of the run: give the Trainer max_epochs or max_steps")
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trainable if p.ndim >= 2]},
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = self.build_optimizer([group for group in groups if group["params"]])
-        schedule = warmup_cosine(optimizer, int(total_steps), self.warmup_fraction)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(self, self.build_optimizer, self.warmup_fraction)
+
+
+def _gain(dim: int) -> float:
+    return 0.02 * math.sqrt(768 / dim)
 
 
 def _start(module: nn.Module, std: float) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
