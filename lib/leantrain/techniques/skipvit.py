@@ -275,7 +275,7 @@ class SkipBlocks(nn.Module):
 
     def _score(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run the block before the split; also return a score (B, P) by which patches are kept."""
-        if not isinstance(block, Block) or self.select == "random":
+        if self.select == "random" or not (isinstance(block, Block) and isinstance(block.attn, Attention)):
             return block(x), torch.rand(len(x), x.shape[1] - self.prefix, device=x.device)
         # Block.forward, written out: the score needs what enters attention, and should not normalise it again.
         normed = block.norm1(x)
@@ -343,7 +343,7 @@ def skip_tokens(
     if model.grad_checkpointing:
         raise ValueError("activation checkpointing runs the blocks one by one; switch it off before adding the skip")
     kept_patches(model.patch_embed.num_patches, drop_ratio)
-    model.blocks = SkipBlocks(
+    model.blocks = SkipBlocks(  # type: ignore[assignment]  # timm only calls it, and it refuses to be iterated
         list(model.blocks),
         split=split,
         rejoin=rejoin,
