@@ -11,14 +11,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from leantrain.training.diverged import Diverged
     from leantrain.training.image_classifier import ImageClassifier
+    from leantrain.training.resnet import small_resnet
     from leantrain.training.schedules import warmup_cosine, warmup_cosine_factor
     from leantrain.training.vit import small_vit
+    from leantrain.training.weight_store import WeightStore
 
-__all__ = ["Diverged", "ImageClassifier", "small_vit", "warmup_cosine", "warmup_cosine_factor"]
+__all__ = [
+    "Diverged",
+    "ImageClassifier",
+    "WeightStore",
+    "small_resnet",
+    "small_vit",
+    "warmup_cosine",
+    "warmup_cosine_factor",
+]
 
 _HOME = {
     "Diverged": "diverged",
     "ImageClassifier": "image_classifier",
+    "WeightStore": "weight_store",
+    "small_resnet": "resnet",
     "small_vit": "vit",
     "warmup_cosine": "schedules",
     "warmup_cosine_factor": "schedules",
