@@ -1,6 +1,7 @@
 """Freezing by epoch: what moves and when, what it saves, and that it can be switched off."""
 
 import copy
+from itertools import pairwise
 
 import lightning as L
 import pytest
@@ -53,31 +54,31 @@ ALWAYS = {"0.last.bias", "1.weight", "1.bias", "4.second.bias"}
 def moved(states):
     return [
         {name for name in before if not torch.equal(before[name], after[name])}
-        for before, after in zip(states, states[1:], strict=False)
+        for before, after in pairwise(states)
     ]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5}])
 def test_parts_take_turns(options):
     _, states = trained([FactorFreezing("sequential")], **options)
     assert moved(states) == [INNER | ALWAYS, OUTER | ALWAYS] * 2
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_period_and_start():
     _, states = trained([FactorFreezing("sequential", period=2, start="outer")])
     assert moved(states) == [OUTER | ALWAYS] * 2 + [INNER | ALWAYS] * 2
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_fixed_freezing_never_moves_the_other_part():
     module, states = trained([FactorFreezing("fixed")])
     assert moved(states) == [INNER | ALWAYS] * 4
     assert all(p.requires_grad for p in module.parameters()), "free again after training"
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_switched_off_it_is_ordinary_training():
     _, off = trained([FactorFreezing("off")])
     _, without = trained([])

@@ -217,9 +217,7 @@ def _pair(layer: Dense, first: Tensor, second: Tensor) -> SVDPair:
             nn.Conv2d, layer.weight, in_channels=layer.in_channels, out_channels=rank, kernel_size=1, bias=False,
             stride=layer.stride, padding=layer.padding, padding_mode=layer.padding_mode,
         )  # fmt: skip
-        two = _new(
-            nn.Conv2d, layer.weight, in_channels=rank, out_channels=layer.out_channels, kernel_size=1, bias=bias
-        )
+        two = _new(nn.Conv2d, layer.weight, in_channels=rank, out_channels=layer.out_channels, kernel_size=1, bias=bias)
     pair = SVDPair(cast(Dense, one), cast(Dense, two))
     _fill(pair.first, first.T)
     _fill(pair.second, second.T)
@@ -279,7 +277,8 @@ def decompose(layer: nn.Module, rank: Rank, *, sweeps: int = 5, branches: int = 
         bias.
 
     Raises:
-        ValueError: If the layer cannot be decomposed, the rank does not fit it, or the branches do not divide the ranks.
+        ValueError: If the layer cannot be decomposed, the rank does not fit it, or the branches do not divide the
+            ranks.
 
     >>> layer = nn.Linear(64, 32)
     >>> thin = decompose(layer, 8)
@@ -442,9 +441,7 @@ def choose_ranks(
     return ranks
 
 
-def decompose_model(
-    model: nn.Module, ranks: Mapping[str, Rank], *, sweeps: int = 5, branches: int = 1
-) -> nn.Module:
+def decompose_model(model: nn.Module, ranks: Mapping[str, Rank], *, sweeps: int = 5, branches: int = 1) -> nn.Module:
     """Replace layers of a model by their factors, in place.
 
     An optimiser made before holds the old weights: make a new one.
@@ -459,8 +456,8 @@ def decompose_model(
         The same model.
 
     Raises:
-        ValueError: If a layer does not exist, cannot be decomposed, its rank does not fit, or the branches do not divide
-            it; nothing is changed then.
+        ValueError: If a layer does not exist, cannot be decomposed, its rank does not fit, or the branches do not
+            divide it; nothing is changed then.
 
     >>> import timm
     >>> model = timm.create_model("resnet50")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple, cast
 
 import pandas as pd
@@ -13,7 +14,19 @@ from torch import Tensor, nn
 from leantrain.low_rank.factors import Dense, Rank, decompose, is_decomposable
 from leantrain.measure.timing import paired_timing
 
-__all__ = ["LayerCall", "Precision", "around_multiples", "before_step", "fastest", "layer_calls", "materialise", "profile_layers", "runner", "select_ranks", "time_ranks"]
+__all__ = [
+    "LayerCall",
+    "Precision",
+    "around_multiples",
+    "before_step",
+    "fastest",
+    "layer_calls",
+    "materialise",
+    "profile_layers",
+    "runner",
+    "select_ranks",
+    "time_ranks",
+]
 
 Precision = Literal["fp32", "bf16"]
 
@@ -316,7 +329,7 @@ def before_step(times: Mapping[int, float], original: float, margin: float = 0.0
     """
     _check_times(times, original, margin)
     ranks = sorted(times)
-    steps = {low: (times[high] - times[low]) / (high - low) for low, high in zip(ranks, ranks[1:], strict=False)}
+    steps = {low: (times[high] - times[low]) / (high - low) for low, high in pairwise(ranks)}
     chosen = max(steps, key=lambda rank: (steps[rank], rank), default=ranks[-1])
     if steps and steps[chosen] <= 0:
         chosen = ranks[-1]

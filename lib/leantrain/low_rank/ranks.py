@@ -2,8 +2,8 @@ r"""Ranks of a decomposition, before anything is decomposed.
 
 A matrix with :math:`C` inputs and :math:`S` outputs becomes two factors of rank :math:`R` with :math:`R(C+S)` weights
 in place of :math:`CS`. A convolution with :math:`k` kernel positions (9 for a 3x3 kernel) becomes three with
-:math:`C r_1 + k\,r_1 r_2 + r_2 S` weights in place of :math:`k\,CS` (Tucker-2). A compression :math:`\alpha` asks for at
-most :math:`1/\alpha` of the weights. Hajimolahoseini and others (arXiv 2407.20266) solve that for the rank:
+:math:`C r_1 + k\,r_1 r_2 + r_2 S` weights in place of :math:`k\,CS` (Tucker-2). A compression :math:`\alpha` asks
+for at most :math:`1/\alpha` of the weights. Hajimolahoseini and others (arXiv 2407.20266) solve that for the rank:
 
 .. math::
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 __all__ = ["energy_rank", "pair_size", "svd_rank", "triple_size", "tucker_ranks"]
 
@@ -123,7 +124,7 @@ def energy_rank(singular_values: Sequence[float], energy: float) -> int:
         ValueError: If there are no values, they do not fall, or the share is out of range.
     """
     values = [float(value) for value in singular_values]
-    if not values or values[-1] < 0 or any(a < b for a, b in zip(values, values[1:], strict=False)):
+    if not values or values[-1] < 0 or any(a < b for a, b in pairwise(values)):
         raise ValueError("singular_values: expected at least one, in falling order, none below 0")
     if not 0 < energy <= 1:
         raise ValueError(f"energy={energy}: expected a share above 0 and at most 1")

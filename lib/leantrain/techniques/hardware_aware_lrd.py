@@ -187,7 +187,7 @@ def relative_error(layer: nn.Module, rank: Rank) -> float:
         ValueError: If the rank does not fit the layer.
     """
     weight = cast(Dense, layer).weight.detach()
-    return float((weight - reconstruct(decompose(layer, rank))).norm() / weight.norm())
+    return float((weight - reconstruct(decompose(layer, rank)).detach()).norm() / weight.norm())
 
 
 def until_fast_enough(

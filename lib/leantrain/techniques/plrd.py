@@ -24,6 +24,7 @@ is never worse.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Literal, cast, get_args
 
 import torch
@@ -77,7 +78,7 @@ def family_ranks(
     Raises:
         ValueError: If the compressions do not rise, or one is out of range.
     """
-    if not compressions or any(a >= b for a, b in zip(compressions, compressions[1:], strict=False)):
+    if not compressions or any(a >= b for a, b in pairwise(compressions)):
         raise ValueError(f"compressions={list(compressions)}: expected at least one, each above the one before")
     return [choose_ranks(model, compression=p, where=where) for p in compressions]
 

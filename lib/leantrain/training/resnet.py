@@ -35,7 +35,7 @@ def small_resnet(
     Example:
         >>> model = small_resnet(in_chans=1, num_classes=10, widths=(16, 32))
         >>> sum(p.numel() for p in model.parameters())
-        52730
+        52922
     """
     for name, size in {"in_chans": in_chans, "num_classes": num_classes, "blocks": blocks}.items():
         if size < 1:
