@@ -118,8 +118,12 @@ def test_gradients_pass_through_every_factor():
     torch.manual_seed(0)
     conv = decompose(nn.Conv2d(4, 5, 3, padding=1).double(), (3, 2))
     x = torch.randn(1, 4, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *p: torch.func.functional_call(
-        conv, dict(zip([n for n, _ in conv.named_parameters()], p, strict=True)), x), (x, *conv.parameters()))  # fmt: skip
+    names = [name for name, _ in conv.named_parameters()]
+
+    def call(x, *parameters):
+        return torch.func.functional_call(conv, dict(zip(names, parameters, strict=True)), x)
+
+    assert torch.autograd.gradcheck(call, (x, *conv.parameters()))
 
 
 @pytest.mark.parametrize("branches", [1, 2, 3])

@@ -53,8 +53,7 @@ ALWAYS = {"0.last.bias", "1.weight", "1.bias", "4.second.bias"}
 
 def moved(states):
     return [
-        {name for name in before if not torch.equal(before[name], after[name])}
-        for before, after in pairwise(states)
+        {name for name in before if not torch.equal(before[name], after[name])} for before, after in pairwise(states)
     ]
 
 

@@ -345,10 +345,11 @@ def merge(factored: Factored) -> Dense:
     Returns:
         A linear layer or a convolution with the factors' device, type, stride, padding, dilation and bias.
     """
-    first, final = factored[0], factored[-1]
+    first, final = cast(Dense, factored[0]), cast(Dense, factored[-1])
     bias = final.bias is not None
+    options: dict[str, object]
     if isinstance(first, nn.Linear):
-        options: dict[str, object] = {"in_features": first.in_features, "out_features": final.weight.shape[0]}
+        options = {"in_features": first.in_features, "out_features": final.weight.shape[0]}
         dense = cast(Dense, _new(nn.Linear, first.weight, bias=bias, **options))
     else:
         core = cast(nn.Conv2d, factored.core if isinstance(factored, TuckerTriple) else first)

@@ -89,8 +89,8 @@ def policy(model: nn.Module, name: Policy, *, compression: float = 2.0, multiple
     Args:
         model: A ResNet of timm or torchvision.
         name: `none`; `all` of `in_blocks`; `late`, those of the last two stages and the classifier; `static`, a rule of
-            thumb for one family of hardware: kernels larger than 2x2 with more than 64 channels, neither dilated nor with
-            a stride above 2.
+            thumb for one family of hardware: kernels larger than 2x2 with more than 64 channels, not dilated and with
+            a stride of at most 2.
         compression: See `leantrain.low_rank.factors.choose_ranks`.
         multiple: See there.
 

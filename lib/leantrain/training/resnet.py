@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
@@ -44,7 +45,7 @@ def small_resnet(
         raise ValueError(f"widths={tuple(widths)}: expected one to {_STAGES} widths, each at least 1")
     empty = _STAGES - len(widths)
     model = ResNet(
-        Bottleneck,
+        Bottleneck,  # type: ignore[arg-type]  # timm means the class and says an instance
         layers=(*[blocks] * len(widths), *[0] * empty),
         channels=(*widths, *[widths[-1]] * empty),
         in_chans=in_chans,
@@ -52,8 +53,8 @@ def small_resnet(
         stem_type="deep",
         stem_width=max(1, widths[0] // 2),
     )
-    stem = model.bn1.num_features
-    model.conv1 = nn.Conv2d(in_chans, stem, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+    stem = nn.Conv2d(in_chans, cast(nn.BatchNorm2d, model.bn1).num_features, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    model.set_submodule("conv1", stem)
+    model.set_submodule("maxpool", nn.Identity())
     return model
