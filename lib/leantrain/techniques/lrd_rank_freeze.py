@@ -7,8 +7,8 @@ A training step passes through every layer three times: forward, gradient of the
 factor whose weight is frozen needs no weight gradient, and its input need not be kept. *Fixed* freezing trains one part
 of each decomposed layer, the second factor of an SVD pair and the core of a Tucker triple, and leaves the other where
 the decomposition put it. *Sequential* freezing takes turns, so that every weight is trained at the price of about half
-of them. With :math:`m_f` multiply-accumulates in the frozen factors and :math:`m` in the whole network, forward, the step
-saves the share :math:`m_f / 3m`.
+of them. With :math:`m_f` multiply-accumulates in the frozen factors and :math:`m` in the whole network, forward, the
+step saves the share :math:`m_f / 3m`.
 
 Rank quantisation is measured: see `leantrain.low_rank.latency`.
 
