@@ -162,7 +162,7 @@ def test_the_papers_counts(kind):
     with torch.device("meta"):
         net = EcoLite(kind)
         macs = count_macs(net.video_net, torch.empty(16, 96, 28, 28), 16)
-    assert count_parameters(net) / 1e6 == pytest.approx(ours, abs=0.006)
+    assert count_parameters(net) / 1e6 == pytest.approx(ours, abs=0.006 if parameters else 0.012)
     if parameters is not None:
         assert count_parameters(net) / 1e6 == pytest.approx(parameters, abs=0.05)
         assert macs / 1e9 == pytest.approx(operations, abs=0.1)

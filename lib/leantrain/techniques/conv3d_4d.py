@@ -110,8 +110,8 @@ class Conv4D(nn.Module):
         stride: In time and space alike, 1 or more.
         kernel: Odd size d of the kernels.
         combine: Whether the branches are added or concatenated.
-        sampling: Which pixels the temporal branch visits if the stride s is above 1: every s * s-th (`flat`, as the paper
-            has it), or those of the spatial branch (`aligned`).
+        sampling: Which pixels the temporal branch visits if the stride s is above 1: each s * s-th (`flat`, as in the
+            paper), or those of the spatial branch (`aligned`).
 
     Raises:
         ValueError: If an argument is out of range.
