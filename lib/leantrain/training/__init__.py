@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         PretrainedClassifier,
         mask_tokens,
     )
+    from leantrain.training.resnet import small_resnet
     from leantrain.training.schedules import warmup_cosine, warmup_cosine_factor
     from leantrain.training.sequence_classifier import SequenceClassifier
     from leantrain.training.snapshots import Snapshots
@@ -37,6 +38,7 @@ __all__ = [
     "mask_tokens",
     "next_token_loss",
     "perplexity",
+    "small_resnet",
     "small_vit",
     "warmup_cosine",
     "warmup_cosine_factor",
@@ -55,6 +57,7 @@ _HOME = {
     "mask_tokens": "masked_language_model",
     "next_token_loss": "language_model",
     "perplexity": "language_model",
+    "small_resnet": "resnet",
     "small_vit": "vit",
     "warmup_cosine": "schedules",
     "warmup_cosine_factor": "schedules",
