@@ -144,14 +144,16 @@ def truncate(parent: _Model, blocks: Sequence[int]) -> _Model:
     Raises:
         ValueError: If `blocks` is empty, does not rise, or names a block that the parent does not have.
     """
-    depth = len(parent.transformer.h)
+    whole: Any = parent.transformer  # transformers leaves the type of its parts open
+    depth = len(whole.h)
     if not blocks or any(b >= a for b, a in itertools.pairwise(blocks)):
         raise ValueError(f"blocks must rise and must not be empty, got {list(blocks)}")
     if blocks[0] < 0 or blocks[-1] >= depth:
         raise ValueError(f"blocks must be 0 to {depth - 1}, got {list(blocks)}")
     student = copy.deepcopy(parent)
-    student.transformer.h = nn.ModuleList([student.transformer.h[place] for place in blocks])
-    for place, block in enumerate(student.transformer.h):
+    body: Any = student.transformer
+    body.h = nn.ModuleList([body.h[place] for place in blocks])
+    for place, block in enumerate(body.h):
         block.attn.layer_idx = place  # where the cache of keys and values has them when text is generated
     student.config.n_layer = len(blocks)
     return student.requires_grad_(True)
@@ -167,6 +169,9 @@ def gpt2(
     dropout: float = 0.0,
 ) -> GPT2LMHeadModel:
     """A fresh GPT-2 with a tied language-modelling head; by default of the size of GPT-2 small.
+
+    Weights start with the standard deviation 0.02 at the width of GPT-2 small and with more at a smaller width, by the
+    square root: a narrow model that starts with 0.02 hardly begins to learn in a short run. (The scale is our choice.)
 
     Args:
         vocab_size: Number of token ids.
@@ -185,6 +190,7 @@ def gpt2(
         embd_pdrop=dropout,
         attn_pdrop=dropout,
         resid_pdrop=dropout,
+        initializer_range=0.02 * math.sqrt(768 / width),
         use_cache=False,
         bos_token_id=0,
         eos_token_id=0,
@@ -211,7 +217,7 @@ def classifier_from(model: GPT2LMHeadModel, num_classes: int) -> GPT2ForSequence
     config.pad_token_id = 0
     classifier = GPT2ForSequenceClassification(config)
     classifier.transformer.load_state_dict(model.transformer.state_dict())
-    return classifier.to(model.device)
+    return classifier.to(model.device)  # type: ignore[arg-type]  # its decorator hides the signature
 
 
 def forward_macs(
@@ -532,7 +538,7 @@ class DistilledClassifier(SequenceClassifier):
         if self.hint == "patient":
             return list(ours), [theirs[place] for place in self.blocks]
         if self.hint == "relations":
-            return [ours[-1].attn.c_attn], [theirs[-1].attn.c_attn]
+            return [ours[-1].get_submodule("attn.c_attn")], [theirs[-1].get_submodule("attn.c_attn")]
         return [], []
 
 
