@@ -27,7 +27,7 @@ Example:
     >>> parent = gpt2(vocab_size=50, context=16, width=24, depth=4, heads=2)  # a trained one, in earnest
     >>> student = truncate(parent, select_blocks("alternate", depth=4, keep=2))
     >>> len(student.transformer.h), parent.num_parameters() - student.num_parameters()
-    (2, 14736)
+    (2, 14448)
     >>> optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
     >>> ids = torch.randint(50, (2, 16))
     >>> loss = next_token_loss(student(ids).logits, ids).mean()
