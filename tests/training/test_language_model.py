@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from leantrain.training import Diverged, LanguageModel, next_token_loss, perplexity
-from leantrain.training.language_model import logits_of, scheduled
+from leantrain.training.language_model import logits_of
+from leantrain.training.scheduled import scheduled
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 pytestmark = [

@@ -37,6 +37,7 @@ __all__ = [
     "factored_size",
     "factors_of",
     "is_decomposable",
+    "linear_pair",
     "merge",
     "reconstruct",
     "svd_factors",
@@ -207,21 +208,40 @@ def _new(kind: type[nn.Module], like: Tensor, **options: object) -> nn.Module:
     return nn.utils.skip_init(kind, **options, device=like.device, dtype=like.dtype)
 
 
-def _pair(layer: Dense, first: Tensor, second: Tensor) -> SVDPair:
-    rank, bias = first.shape[1], layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        one = _new(nn.Linear, layer.weight, in_features=layer.in_features, out_features=rank, bias=False)
-        two = _new(nn.Linear, layer.weight, in_features=rank, out_features=layer.out_features, bias=bias)
-    else:
-        one = _new(
-            nn.Conv2d, layer.weight, in_channels=layer.in_channels, out_channels=rank, kernel_size=1, bias=False,
-            stride=layer.stride, padding=layer.padding, padding_mode=layer.padding_mode,
-        )  # fmt: skip
-        two = _new(nn.Conv2d, layer.weight, in_channels=rank, out_channels=layer.out_channels, kernel_size=1, bias=bias)
+def _filled(one: nn.Module, two: nn.Module, first: Tensor, second: Tensor) -> SVDPair:
     pair = SVDPair(cast(Dense, one), cast(Dense, two))
     _fill(pair.first, first.T)
     _fill(pair.second, second.T)
     return pair
+
+
+def linear_pair(first: Tensor, second: Tensor, like: Tensor, bias: Tensor | None) -> SVDPair:
+    """A pair of linear layers that holds given factors.
+
+    Args:
+        first: (C, R).
+        second: (R, S).
+        like: A tensor of the device and type that the layers get.
+        bias: Of the second layer, (S); copied. None for none.
+    """
+    one = _new(nn.Linear, like, in_features=first.shape[0], out_features=first.shape[1], bias=False)
+    two = _new(nn.Linear, like, in_features=first.shape[1], out_features=second.shape[1], bias=bias is not None)
+    if bias is not None:
+        with torch.no_grad():
+            cast(Tensor, two.bias).copy_(bias)
+    return _filled(one, two, first, second)
+
+
+def _pair(layer: Dense, first: Tensor, second: Tensor) -> SVDPair:
+    if isinstance(layer, nn.Linear):
+        return linear_pair(first, second, layer.weight, layer.bias)
+    rank, bias = first.shape[1], layer.bias is not None
+    one = _new(
+        nn.Conv2d, layer.weight, in_channels=layer.in_channels, out_channels=rank, kernel_size=1, bias=False,
+        stride=layer.stride, padding=layer.padding, padding_mode=layer.padding_mode,
+    )  # fmt: skip
+    two = _new(nn.Conv2d, layer.weight, in_channels=rank, out_channels=layer.out_channels, kernel_size=1, bias=bias)
+    return _filled(one, two, first, second)
 
 
 def _triple(layer: nn.Conv2d, first: Tensor, last: Tensor, core: Tensor, groups: int) -> TuckerTriple:

@@ -237,12 +237,10 @@ class SpaceWithTime(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, after: bool) -> None:
         super().__init__()
         self.after = after
-        if after:
-            self.space = _conv(in_channels, out_channels, (1, 3, 3), (stride, stride, stride))
-            self.time = _conv(out_channels, out_channels, (3, 1, 1), (1, 1, 1))
-        else:
-            self.space = _conv(in_channels, out_channels, (1, 3, 3), (stride, stride, stride))
-            self.time = _conv(in_channels, out_channels, (3, 1, 1), (stride, stride, stride))
+        whole = (stride, stride, stride)
+        width, along = (out_channels, (1, 1, 1)) if after else (in_channels, whole)
+        self.space = _conv(in_channels, out_channels, (1, 3, 3), whole)
+        self.time = _conv(width, out_channels, (3, 1, 1), along)
 
     def forward(self, x: Tensor, frames: int = 0) -> Tensor:
         """Clips (B, C, T, X, Y) to (B, S, T/s, X/s, Y/s)."""
@@ -358,13 +356,10 @@ class VideoNet(nn.Module):
         """Logits (B, num_classes) of frames (BT, C, X, Y), T to a clip."""
         if self.kind not in ("add", "cat"):
             x = to_clips(x, frames)
-        elif frames < 1 or x.shape[0] % frames:
-            raise ValueError(f"frames={frames}: expected a divisor of the first size, {x.shape[0]}")
-        clips = x.shape[0] if x.ndim == 5 else x.shape[0] // frames
         for stage in self.stages:
             x = stage(x, frames)
             frames //= cast(_Residual, stage).stride
-        features = x.mean(dim=(2, 3, 4)) if x.ndim == 5 else x.mean(dim=(2, 3)).view(clips, frames, -1).mean(dim=1)
+        features = x.mean(dim=(2, 3, 4)) if x.ndim == 5 else x.mean(dim=(2, 3)).unflatten(0, (-1, frames)).mean(dim=1)
         return self.head(features)
 
 

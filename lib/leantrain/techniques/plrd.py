@@ -30,7 +30,15 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from leantrain.low_rank.factors import Rank, SVDPair, choose_ranks, decompose_model, factors_of, svd_factors
+from leantrain.low_rank.factors import (
+    Rank,
+    SVDPair,
+    choose_ranks,
+    decompose_model,
+    factors_of,
+    linear_pair,
+    svd_factors,
+)
 
 __all__ = ["Again", "family_ranks", "lower_ranks", "lowered", "plain_linears"]
 
@@ -153,14 +161,4 @@ def lower_ranks(model: nn.Module, ranks: Mapping[str, Rank], *, again: Again = "
 
 def _thinner(pair: SVDPair, rank: int, again: Again) -> SVDPair:
     first, second = lowered(pair.first.weight.flatten(1).T, pair.second.weight.flatten(1).T, rank, again)
-    weight = pair.first.weight
-    options = {"device": weight.device, "dtype": weight.dtype}
-    bias = pair.second.bias is not None
-    one = nn.utils.skip_init(nn.Linear, weight.shape[1], rank, bias=False, **options)
-    two = nn.utils.skip_init(nn.Linear, rank, pair.second.weight.shape[0], bias=bias, **options)
-    with torch.no_grad():
-        one.weight.copy_(first.T)
-        two.weight.copy_(second.T)
-        if bias:
-            two.bias.copy_(cast(Tensor, pair.second.bias))
-    return SVDPair(one, two).train(pair.training)
+    return linear_pair(first, second, pair.first.weight, cast(Tensor | None, pair.second.bias)).train(pair.training)

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-from leantrain.training.diverged import Diverged
-from leantrain.training.schedules import warmup_cosine
+from leantrain.training.scheduled import ScheduledModule
 
-__all__ = ["LanguageModel", "logits_of", "next_token_loss", "perplexity", "scheduled"]
+__all__ = ["LanguageModel", "logits_of", "next_token_loss", "perplexity"]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -76,7 +73,7 @@ def perplexity(model: nn.Module, batches: Iterable[Tensor]) -> float:
     return float(torch.cat(losses).double().mean().exp())
 
 
-class LanguageModel(L.LightningModule):
+class LanguageModel(ScheduledModule):
     """Train a model to predict the next token, with a warm-up and a cosine schedule.
 
     What an epoch logs: ``train_loss``, ``val_loss`` (nats per token) and ``val_perplexity`` (its exponential). A
@@ -117,15 +114,7 @@ class LanguageModel(L.LightningModule):
         warmup_fraction: float = 0.1,
         clip: float | None = 1.0,
     ) -> None:
-        super().__init__()
-        if not 0 <= warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction must be at least 0 and below 1, got {warmup_fraction}")
-        if clip is not None and not 0 < clip < float("inf"):
-            raise ValueError(f"clip must be positive and finite, or None, got {clip}")
-        self.model = model
-        self.build_optimizer = optimizer
-        self.warmup_fraction = warmup_fraction
-        self.clip = clip
+        super().__init__(model, optimizer, warmup_fraction=warmup_fraction, clip=clip)
         # "disable" lets a NaN through to the mean; the default would leave it out.
         self._val_loss = MeanMetric(nan_strategy="disable")
 
@@ -143,11 +132,7 @@ class LanguageModel(L.LightningModule):
         Raises:
             Diverged: If the loss is infinite or not a number.
         """
-        loss = self.loss(batch)
-        if not torch.isfinite(loss):
-            raise Diverged(self.global_step, loss.item())
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(batch))
-        return loss
+        return self.checked(self.loss(batch), len(batch))
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add up the loss of one batch of ids ``(B, N)``."""
@@ -159,48 +144,3 @@ class LanguageModel(L.LightningModule):
         self.log("val_loss", loss)
         self.log("val_perplexity", loss.exp())
         self._val_loss.reset()
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Scale a gradient of too large a norm down; the trainer's own setting comes first."""
-        limit = self.clip if gradient_clip_val is None else gradient_clip_val
-        self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=gradient_clip_algorithm)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser over the parameter groups, and its schedule over the whole run.
-
-        Raises:
-            ValueError: If the trainer has no end, so that no schedule can be laid over it.
-        """
-        return scheduled(self, self.build_optimizer, self.warmup_fraction)
-
-
-def scheduled(
-    module: L.LightningModule, optimizer: Callable[[list[dict[str, Any]]], Optimizer], warmup_fraction: float
-) -> OptimizerLRScheduler:
-    """An optimiser over a module's trainable parameters, with a warm-up and a cosine schedule over the whole run.
-
-    Args:
-        module: A module that is being fitted.
-        optimizer: Builds the optimiser from parameter groups; tensors of fewer than two dimensions are in a group of
-            their own that is not decayed.
-        warmup_fraction: Share of the steps that warm up.
-
-    Raises:
-        ValueError: If the trainer has no end, so that no schedule can be laid over it.
-    """
-    total_steps = module.trainer.estimated_stepping_batches
-    if total_steps == float("inf"):
-        raise ValueError("the schedule needs the length of the run: give the Trainer max_epochs or max_steps")
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= 2]},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    built = optimizer([group for group in groups if group["params"]])
-    schedule = warmup_cosine(built, int(total_steps), warmup_fraction)
-    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

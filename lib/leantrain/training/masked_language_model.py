@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from leantrain.training.diverged import Diverged
-from leantrain.training.language_model import scheduled
+from leantrain.training.scheduled import scheduled
 
 __all__ = ["MaskedLanguageModel", "MaskedTransformer", "PretrainedClassifier", "mask_tokens"]
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -15,13 +13,13 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassMatthewsCorrCoef
 
 from leantrain.data.sentence_sets import SentenceBatch
-from leantrain.training.diverged import Diverged
-from leantrain.training.language_model import logits_of, scheduled
+from leantrain.training.language_model import logits_of
+from leantrain.training.scheduled import ScheduledModule
 
 __all__ = ["SequenceClassifier"]
 
 
-class SequenceClassifier(L.LightningModule):
+class SequenceClassifier(ScheduledModule):
     """Fine-tune a model that classifies token sequences, with a warm-up and a cosine schedule.
 
     What an epoch logs: ``train_loss``, ``val_loss``, ``val_accuracy`` (in per cent) and ``val_matthews`` (Matthews'
@@ -50,18 +48,10 @@ class SequenceClassifier(L.LightningModule):
         warmup_fraction: float = 0.06,
         clip: float | None = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(model, optimizer, warmup_fraction=warmup_fraction, clip=clip)
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-        if not 0 <= warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction must be at least 0 and below 1, got {warmup_fraction}")
-        if clip is not None and not 0 < clip < float("inf"):
-            raise ValueError(f"clip must be positive and finite, or None, got {clip}")
-        self.model = model
-        self.build_optimizer = optimizer
         self.num_classes = num_classes
-        self.warmup_fraction = warmup_fraction
-        self.clip = clip
         self._val_loss = MeanMetric(nan_strategy="disable")
         self._val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self._val_matthews = MulticlassMatthewsCorrCoef(num_classes, validate_args=False)
@@ -90,11 +80,7 @@ class SequenceClassifier(L.LightningModule):
         Raises:
             Diverged: If the loss is infinite or not a number.
         """
-        loss = self.loss(batch)
-        if not torch.isfinite(loss):
-            raise Diverged(self.global_step, loss.item())
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(batch.y))
-        return loss
+        return self.checked(self.loss(batch), len(batch.y))
 
     def validation_step(self, batch: SentenceBatch, batch_idx: int) -> None:
         """Count one batch's hits and add up its loss."""
@@ -110,17 +96,3 @@ class SequenceClassifier(L.LightningModule):
         self.log("val_matthews", self._val_matthews.compute().float())
         for metric in (self._val_loss, self._val_accuracy, self._val_matthews):
             metric.reset()
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Scale a gradient of too large a norm down; the trainer's own setting comes first."""
-        limit = self.clip if gradient_clip_val is None else gradient_clip_val
-        self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=gradient_clip_algorithm)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser over the parameter groups, and its schedule over the whole run."""
-        return scheduled(self, self.build_optimizer, self.warmup_fraction)
