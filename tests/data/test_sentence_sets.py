@@ -126,6 +126,35 @@ def test_stand_in_data_needs_no_file(tokenizer):
         assert all(batch.mask.all() and batch.ids.max() < len(WORDS) for batch in batches)
 
 
+@pytest.mark.parametrize(("name", "classes"), [("glue/mnli", 3), ("glue/stsb", 1)])
+def test_stand_in_labels_fit_the_task(tokenizer, name, classes):
+    data = sentences(name, tokenizer, **options(batch_size=64, stand_in=True))
+    y = torch.cat([batch.y for batch in data.train_dataloader()])
+    assert data.num_classes == classes
+    if classes == 1:
+        assert y.dtype == torch.float32
+        assert y.min() >= 0
+        assert y.max() <= 5
+        assert y.unique().numel() > 100
+    else:
+        assert y.unique().tolist() == [0, 1, 2]
+
+
+def test_scores_come_as_they_are_and_a_subset_keeps_their_spread(project, tokenizer):
+    head = "index genre filename year old_index source1 source2 sentence1 sentence2 score".split()
+    rows = [head, *([*"0123456", "good", "bad", f"{k / 8:.3f}"] for k in range(41))]
+    content = "".join("\t".join(row) + "\n" for row in rows)
+    folder = project / "data/glue/STS-B"
+    folder.mkdir(parents=True)
+    for split in ("train", "dev"):
+        (folder / f"{split}.tsv").write_text(content, encoding="utf-8")
+    data = sentences("glue/stsb", tokenizer, **options(train_size=12))
+    y = torch.cat([batch.y for batch in data.val_dataloader()])
+    assert torch.equal(y, torch.arange(41) / 8)
+    assert data.train_set.y.round().unique().tolist() == [0, 1, 2, 3, 4, 5]
+    assert set(data.checksums) == {"glue/STS-B/train.tsv", "glue/STS-B/dev.tsv"}
+
+
 def test_one_sentence_is_a_batch():
     batch = collate_sentences([Sentence([5, 6], 1, 17)])
     assert [part.tolist() for part in batch] == [[[5, 6]], [[1, 1]], [1], [17]]
@@ -141,7 +170,7 @@ def test_bad_input(sst2, tokenizer):
     ):
         with pytest.raises(ValueError, match=message):
             sentences("glue/sst2", tokenizer, **options(**change))
-    with pytest.raises(ValueError, match="unknown task 'glue/mnli'; known are glue/sst2"):
-        sentences("glue/mnli", tokenizer, **options(stand_in=True))
+    with pytest.raises(ValueError, match="unknown task 'glue/wnli'; known are glue/sst2"):
+        sentences("glue/wnli", tokenizer, **options(stand_in=True))
     with pytest.raises(MissingData, match="glue/rte"):
         sentences("glue/rte", tokenizer, **options())

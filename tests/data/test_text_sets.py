@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from leantrain.data import table, text
+from leantrain.data.text_sets import table_checksums
 from leantrain.data.errors import CorruptData, MissingData
 
 
@@ -50,6 +53,71 @@ def test_rte_has_pairs(lay_down):
     }
 
 
+def by_hand(project, files):
+    """Write files of a set that is laid down by hand."""
+    for path, content in files.items():
+        (project / "data/glue" / path).parent.mkdir(parents=True, exist_ok=True)
+        (project / "data/glue" / path).write_text(content, encoding="utf-8")
+
+
+def tsv(*rows):
+    return "".join("\t".join(map(str, row)) + "\n" for row in rows)
+
+
+MNLI = [
+    *("index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"),
+    *("sentence1_parse", "sentence2_parse", "sentence1", "sentence2", "label1"),
+]
+STSB = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "head", "row", "other", "labels"),
+    [
+        ("mrpc", "MRPC", ["\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String"], "1,7,8,A,B", "0,7,8,C,D", [1, 0]),
+        ("qqp", "QQP", ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"], "4,1,2,A,B,0", "5,1,2,C,D,1", [0, 1]),
+        ("qnli", "QNLI", ["index", "question", "sentence", "label"], "0,A,B,not_entailment", "1,C,D,entailment", [1, 0]),
+        ("stsb", "STS-B", STSB, "0,g,f,2012,1,s,s,A,B,3.250", "1,g,f,2012,1,s,s,C,D,5.000", [3.25, 5.0]),
+    ],
+)
+def test_tasks_laid_down_by_hand(project, name, folder, head, row, other, labels):
+    content = tsv(head, row.split(","), other.split(","))
+    by_hand(project, {f"{folder}/train.tsv": content, f"{folder}/dev.tsv": content})
+    frame = table(f"glue/{name}", "train")
+    assert frame.to_dict("list") == {"sentence": ["A", "C"], "sentence2": ["B", "D"], "label": labels}
+    assert frame["label"].dtype == (np.float64 if name == "stsb" else np.int64)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    assert table_checksums(f"glue/{name}") == {f"glue/{folder}/{split}.tsv": digest for split in ("train", "dev")}
+
+
+def test_mnli_has_three_classes_and_a_dev_split_of_its_own_form(project):
+    filler = [str(k) for k in range(8)]
+    train = tsv([*MNLI, "gold_label"], [*filler, "A", "B", "neutral", "contradiction"])
+    dev = tsv(
+        [*MNLI, "label2", "label3", "label4", "label5", "gold_label"],
+        [*filler, "C", "D", "neutral", "neutral", "entailment", "neutral", "neutral", "entailment"],
+        [*filler, "E", "F", *["neutral"] * 6],
+    )
+    by_hand(project, {"MNLI/train.tsv": train, "MNLI/dev_matched.tsv": dev})
+    assert table("glue/mnli", "train").to_dict("list") == {"sentence": ["A"], "sentence2": ["B"], "label": [2]}
+    assert table("glue/mnli", "dev")["label"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("score", ["5.1", "-1", "nan", "high", ""])
+def test_an_odd_score_is_named(project, score):
+    content = tsv(STSB, [*"0123456AB", score])
+    by_hand(project, {"STS-B/train.tsv": content, "STS-B/dev.tsv": content})
+    with pytest.raises(CorruptData, match=rf"train\.tsv: line 2 has the score '{score}'"):
+        table("glue/stsb", "train")
+
+
+def test_a_set_that_is_not_laid_down_says_where_it_belongs(project):
+    by_hand(project, {"QQP/train.tsv": "half of it"})
+    for read in (lambda: table("glue/qqp", "train"), lambda: table_checksums("glue/qqp")):
+        with pytest.raises(MissingData, match=r"glue/QQP/train\.tsv and .*glue/QQP/dev\.tsv"):
+            read()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -73,7 +141,7 @@ def test_unknown_names_and_splits_are_refused():
     with pytest.raises(ValueError, match="wikitext-2 has no split 'dev'; its splits are train, valid, test"):
         text("wikitext-2", "dev")
     with pytest.raises(ValueError, match="unknown table"):
-        table("glue/stsb", "train")
+        table("glue/wnli", "train")
     with pytest.raises(ValueError, match="its splits are train, dev"):
         table("glue/rte", "test")
 

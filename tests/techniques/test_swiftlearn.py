@@ -643,6 +643,15 @@ def test_runs_that_cannot_be_are_refused():
         trainer.fit(module, plain)
 
 
+@pytest.mark.parametrize("criterion", ["output_change", "el2n", "loss"])
+def test_a_single_output_has_no_probabilities(criterion):
+    with pytest.raises(ValueError, match="use criterion='logit_change'"):
+        run(SwiftLearn(0.2, 1, criterion=criterion, outputs=lambda module, batch: module(batch[0])[:, :1]), epochs=2)
+    callback = SwiftLearn(0.2, 1, criterion="logit_change", outputs=lambda module, batch: module(batch[0])[:, :1])
+    run(callback, epochs=2)
+    assert callback.importance.shape == (20,)
+
+
 def test_an_importance_that_is_no_number_is_a_divergence():
     bad = Criterion(1, False, lambda new, old, y: new[:, 0] * float("nan"))
     with pytest.raises(Diverged):

@@ -74,6 +74,31 @@ def test_validation_metrics_equal_an_independent_computation():
     assert metrics["val_matthews"] == pytest.approx(matthews_corrcoef(y, logits.argmax(1)), abs=1e-6)
 
 
+def scored(part):
+    """The batch with scores: its classes as numbers, a little moved."""
+    return part._replace(y=5.0 * part.y - part.index / 100)
+
+
+def test_scores_are_fitted_by_their_square_and_measured_by_their_correlation():
+    torch.manual_seed(0)
+    parts = [scored(batch(size, k)) for k, size in enumerate([8, 8, 5])]
+    loaded = DataLoader(parts, batch_size=None)
+    module = SequenceClassifier(Bag(classes=1), partial(torch.optim.AdamW, lr=0.05), num_classes=1)
+    metrics = trainer().validate(module, loaded, verbose=False)[0]
+    with torch.no_grad():
+        found = torch.cat([module(p.ids, p.mask)[:, 0] for p in parts])
+    y = torch.cat([p.y for p in parts])
+    assert metrics["val_loss"] == pytest.approx(((found - y) ** 2).mean().item(), rel=1e-5)
+    assert metrics["val_pearson"] == pytest.approx(np.corrcoef(found, y)[0, 1], abs=1e-5)
+    assert module.loss(parts[0]).item() == pytest.approx(((found[:8] - y[:8]) ** 2).mean().item(), rel=1e-5)
+    run = trainer(max_epochs=30)
+    run.fit(module, loaded, loaded)
+    assert run.callback_metrics["val_pearson"] > 0.95
+    constant = SequenceClassifier(Bag(classes=1), SGD, num_classes=1)
+    torch.nn.init.zeros_(constant.model.head.weight)
+    assert trainer().validate(constant, loaded, verbose=False)[0]["val_pearson"] == 0
+
+
 def test_it_learns_and_reports_the_mean_training_loss():
     torch.manual_seed(0)
     classifier = SequenceClassifier(Bag(bare=True), partial(torch.optim.AdamW, lr=0.05), num_classes=2)
@@ -141,7 +166,7 @@ def test_double_precision_stays_double():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 1}, "num_classes must be at least 2"),
+        ({"num_classes": 0}, "num_classes must be at least 1"),
         ({"warmup_fraction": 1.0}, "warmup_fraction"),
         ({"clip": 0.0}, "clip must be positive"),
         ({"clip": float("nan")}, "clip must be positive"),
@@ -219,7 +244,7 @@ def test_missing_and_changed_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown encoder 'gpt'"):
         encoders.sentence_tokenizer("gpt")
     with pytest.raises(ValueError, match="num_classes"):
-        encoders.sentence_encoder("minilm", 1, untrained=True)
+        encoders.sentence_encoder("minilm", 0, untrained=True)
     assert set(encoders.encoder_checksums("minilm")) == {"minilm/model.safetensors", "minilm/tokenizer.json"}
     monkeypatch.setitem(encoders._SHA256, "tokenizer.json", "0" * 64)
     with pytest.raises(CorruptData, match=r"tokenizer\.json"):

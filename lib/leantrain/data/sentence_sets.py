@@ -12,12 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from leantrain.data.image_sets import stratified_order
-from leantrain.data.registry import dataset
 from leantrain.data.seeded import SeededData, check_seed, epoch_generator, train_batch_count
-from leantrain.data.text_sets import table
-
-#: Tasks that have a table, all of two classes.
-_TASKS = ("glue/sst2", "glue/cola", "glue/rte")
+from leantrain.data.text_sets import TABLES, table, table_checksums
 
 __all__ = ["Sentence", "SentenceBatch", "SentenceData", "SentenceSet", "collate_sentences", "sentences"]
 
@@ -27,12 +23,12 @@ class Sentence(NamedTuple):
 
     Attributes:
         ids: Token ids.
-        y: Class.
+        y: Class, or score.
         index: Place in its split.
     """
 
     ids: list[int]
-    y: int
+    y: float
     index: int  # type: ignore[assignment]
 
 
@@ -42,7 +38,7 @@ class SentenceBatch(NamedTuple):
     Attributes:
         ids: Token ids, int64 ``(B, N)``; 0 where there is none.
         mask: 1 for a token and 0 for padding, int64 ``(B, N)``.
-        y: Classes, int64 ``(B,)``.
+        y: Classes, int64 ``(B,)``; or scores, float32.
         index: Places of the samples in their split, int64 ``(B,)``.
     """
 
@@ -57,7 +53,7 @@ class SentenceSet(Dataset[Sentence]):
 
     Args:
         ids: Token ids of every sample.
-        y: Classes, int64 ``(n,)``.
+        y: Classes, int64 ``(n,)``; or scores, float32.
     """
 
     def __init__(self, ids: list[list[int]], y: Tensor) -> None:
@@ -68,7 +64,7 @@ class SentenceSet(Dataset[Sentence]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Sentence:
-        return Sentence(self.ids[index], int(self.y[index]), index)
+        return Sentence(self.ids[index], self.y[index].item(), index)
 
 
 def collate_sentences(samples: Sequence[Sentence]) -> SentenceBatch:
@@ -87,7 +83,7 @@ class SentenceData(SeededData):
     A batch is a `SentenceBatch`. Every training epoch is a fresh permutation.
 
     Attributes:
-        num_classes: Number of classes.
+        num_classes: Number of classes; 1 if `y` is a score.
         vocab_size: Number of token ids.
         train_set: The training samples as a map-style data set.
     """
@@ -134,16 +130,16 @@ def sentences(
     """A GLUE task by its name, tokenised and ready to train on; its dev sentences are for validation.
 
     Args:
-        name: `glue/sst2`, `glue/cola` or `glue/rte`; see :func:`leantrain.data.table`.
+        name: A GLUE task, such as `glue/sst2`; see :func:`leantrain.data.table`.
         tokenizer: Turns a sentence, or a pair, into ids, special tokens included. Of a tokenizer of transformers, give
             its `backend_tokenizer`. It is not changed.
         length: Tokens at which a sequence is cut; at least the special tokens of a pair and one of each sentence.
         batch_size: Sequences in a batch, at least 1.
-        train_size: Use that many training sentences, chosen at random with the classes kept in proportion; None for
-            all.
+        train_size: Use that many training sentences, chosen at random with the classes (or the scores, rounded) kept in
+            proportion; None for all.
         val_size: The same for validation.
         split_seed: Seed of these choices; not of the order of batches.
-        stand_in: Random ids of full length with random classes in two batches of each split, without reading any file.
+        stand_in: Random ids of full length with random labels in two batches of each split, without reading any file.
 
     Raises:
         MissingData: If the set's files are not here; says how to get them.
@@ -155,8 +151,9 @@ def sentences(
         if value < least:
             raise ValueError(f"{option} must be at least {least}, got {value}")
     check_seed("split_seed", split_seed)
-    if name not in _TASKS:
-        raise ValueError(f"unknown task {name!r}; known are {', '.join(_TASKS)}")
+    if name not in TABLES:
+        raise ValueError(f"unknown task {name!r}; known are {', '.join(TABLES)}")
+    classes = TABLES[name]
     described = tokenizer.to_str()
     own = Tokenizer.from_str(described)
     own.no_padding()
@@ -164,13 +161,13 @@ def sentences(
     if stand_in:
         generator = epoch_generator(0, 0, "stand-in")
         shape = (2 * batch_size, length)
-        train, val = (
-            SentenceSet(
-                torch.randint(0, own.get_vocab_size(), shape, generator=generator).tolist(),
-                torch.randint(0, 2, shape[:1], generator=generator),
-            )
-            for _ in range(2)
-        )
+
+        def drawn() -> SentenceSet:
+            ids = torch.randint(0, own.get_vocab_size(), shape, generator=generator)
+            scores = torch.rand(shape[0], generator=generator)
+            return SentenceSet(ids.tolist(), (classes * scores).long() if classes > 1 else 5 * scores)
+
+        train, val = drawn(), drawn()
     else:
         train = _read(name, "train", own, train_size, split_seed)
         val = _read(name, "dev", own, val_size, split_seed)
@@ -185,10 +182,10 @@ def sentences(
 
     return SentenceData(
         name=name,
-        num_classes=2,
+        num_classes=classes,
         vocab_size=own.get_vocab_size(),
         train_set=train,
-        checksums={} if stand_in else dataset(name).checksums,
+        checksums={} if stand_in else table_checksums(name),
         batch_size=batch_size,
         sizes=(len(train.y), len(val.y)),
         options={
@@ -205,11 +202,13 @@ def sentences(
 def _read(name: str, split: str, tokenizer: Tokenizer, size: int | None, seed: int) -> SentenceSet:
     frame = table(name, split)
     y = torch.from_numpy(frame["label"].to_numpy(copy=True))
+    if y.is_floating_point():
+        y = y.float()
     if size is not None:
         if not 1 <= size <= len(y):
             option = "train_size" if split == "train" else "val_size"
             raise ValueError(f"{option} must be 1 to {len(y)} or None, got {size}")
-        rows = stratified_order(y, seed)[:size]
+        rows = stratified_order(y.round().long(), seed)[:size]
         frame, y = frame.iloc[rows.tolist()], y[rows]
     inputs: list[Any] = frame["sentence"].tolist()
     if "sentence2" in frame:

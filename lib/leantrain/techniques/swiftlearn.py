@@ -126,19 +126,21 @@ class Criterion:
         labels: Whether it needs classes.
         score: Function of the new outputs ``(n, C)``, the old ones and the classes ``(n,)``; returns ``(n,)``. What
             the criterion does not need is None.
+        classes: Whether it takes the outputs as logits of classes, of which there must be two or more.
     """
 
     looks: int
     labels: bool
     score: Callable[[Any, Any, Any], Tensor] | None = None
+    classes: bool = False
 
 
 #: The criteria by name. `random` is the control: it looks at nothing.
 CRITERIA: dict[str, Criterion] = {
-    "output_change": Criterion(2, False, lambda new, old, y: output_change(new.softmax(1), old.softmax(1))),
+    "output_change": Criterion(2, False, lambda new, old, y: output_change(new.softmax(1), old.softmax(1)), True),
     "logit_change": Criterion(2, False, lambda new, old, y: output_change(new, old)),
-    "el2n": Criterion(1, True, lambda new, old, y: el2n(new, y)),
-    "loss": Criterion(1, True, lambda new, old, y: sample_loss(new, y)),
+    "el2n": Criterion(1, True, lambda new, old, y: el2n(new, y), True),
+    "loss": Criterion(1, True, lambda new, old, y: sample_loss(new, y), True),
     "random": Criterion(0, False),
 }
 
@@ -417,7 +419,8 @@ class SwiftLearn(L.Callback):
         keep: Share r of the samples that stay active, above 0 and at most 1.
         warmup: Epochs W on all samples, at least 1. With as many as the run has, nothing is measured or dropped.
         refresh: Epochs R between selections; 0 for a single one.
-        criterion: A name in `CRITERIA`, or a `Criterion`.
+        criterion: A name in `CRITERIA`, or a `Criterion`. For a regression take `logit_change`: one output has no
+            probabilities and no classes.
         observe: `evaluation` measures with forward passes of their own, in evaluation mode, all with the same weights.
             `training` collects the outputs of the last warm-up epochs' own forward passes: it costs nothing, but every
             sample is seen with other weights and with dropout, and dropped samples cannot return. It needs a module
@@ -653,6 +656,11 @@ class SwiftLearn(L.Callback):
         if self.criterion.score is None:
             importance = torch.rand(sampler.size, generator=epoch_generator(sampler.seed, epoch, "importance"))
         else:
+            if self.criterion.classes and self._new is not None and self._new.shape[1] < 2:
+                raise ValueError(
+                    "this criterion needs the logits of two classes or more, got one output a sample; for a regression "
+                    "use criterion='logit_change'"
+                )
             importance = self.criterion.score(self._new, self._old, self._labels)
             if self.observe == "training":
                 # Samples of batches that were left out were never seen; they rank last.

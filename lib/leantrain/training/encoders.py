@@ -88,18 +88,18 @@ def sentence_encoder(name: str, num_classes: int, *, untrained: bool = False) ->
 
     Args:
         name: `minilm` (22.6 million parameters) or `bert-base` (109.5 million).
-        num_classes: Number of classes, at least 2.
+        num_classes: Number of classes; 1 for a score.
         untrained: Draw all weights at random and read no file: to try out a run, or to time it.
 
     Raises:
-        ValueError: If the name is unknown or there are fewer than two classes.
+        ValueError: If the name is unknown or there is no class.
         MissingData: As in :func:`sentence_tokenizer`.
         CorruptData: As in :func:`sentence_tokenizer`.
     """
     from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     _check_name(name)
     if name == "minilm":
         if untrained:

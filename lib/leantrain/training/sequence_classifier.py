@@ -1,4 +1,4 @@
-"""The classifier of token sequences that the chapters on text fine-tune."""
+"""The classifier of token sequences that the chapters on text fine-tune, and its twin for scores."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassMatthewsCorrCoef
+from torchmetrics.regression import PearsonCorrCoef
 
 from leantrain.data.sentence_sets import SentenceBatch
 from leantrain.training.language_model import logits_of
@@ -20,17 +21,18 @@ __all__ = ["SequenceClassifier"]
 
 
 class SequenceClassifier(ScheduledModule):
-    """Fine-tune a model that classifies token sequences, with a warm-up and a cosine schedule.
+    """Fine-tune a model that classifies token sequences or scores them, with a warm-up and a cosine schedule.
 
-    What an epoch logs: ``train_loss``, ``val_loss``, ``val_accuracy`` (in per cent) and ``val_matthews`` (Matthews'
-    correlation, -1 to 1, the measure of CoLA).
+    What an epoch logs: ``train_loss`` and ``val_loss``; for classes, the cross-entropy, ``val_accuracy`` (in per cent)
+    and ``val_matthews`` (Matthews' correlation, -1 to 1, the measure of CoLA); for scores, the squared error and
+    ``val_pearson`` (Pearson's correlation, -1 to 1, a measure of STS-B).
 
     Args:
         model: Called with ``input_ids`` and ``attention_mask``, both ``(B, N)``; returns logits ``(B, num_classes)``,
             or an output that has them as ``logits``, as the classifiers of transformers do.
         optimizer: Builds the optimiser from a list of parameter groups. Its learning rate is the peak of the schedule.
             Tensors of fewer than two dimensions are not decayed.
-        num_classes: Number of classes, at least 2.
+        num_classes: Number of classes; 1 if the only logit is a score.
         warmup_fraction: Share of the optimiser steps that warm up, at least 0 and below 1.
         clip: Largest norm of the gradient; larger ones are scaled down. None for no limit.
 
@@ -49,12 +51,15 @@ class SequenceClassifier(ScheduledModule):
         clip: float | None = 1.0,
     ) -> None:
         super().__init__(model, optimizer, warmup_fraction=warmup_fraction, clip=clip)
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         self.num_classes = num_classes
         self._val_loss = MeanMetric(nan_strategy="disable")
-        self._val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self._val_matthews = MulticlassMatthewsCorrCoef(num_classes, validate_args=False)
+        if num_classes > 1:
+            self._val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+            self._val_matthews = MulticlassMatthewsCorrCoef(num_classes, validate_args=False)
+        else:
+            self._val_pearson = PearsonCorrCoef()
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits ``(B, num_classes)`` of ids and their mask, both ``(B, N)``.
@@ -72,7 +77,12 @@ class SequenceClassifier(ScheduledModule):
 
     def loss(self, batch: SentenceBatch) -> Tensor:
         """Training loss of one batch, a scalar; what a technique replaces."""
-        return F.cross_entropy(self(batch.ids, batch.mask), batch.y)
+        return self._losses(self(batch.ids, batch.mask), batch.y).mean()
+
+    def _losses(self, logits: Tensor, y: Tensor) -> Tensor:
+        if self.num_classes == 1:
+            return F.mse_loss(logits[:, 0], y.to(logits.dtype), reduction="none")
+        return F.cross_entropy(logits, y, reduction="none")
 
     def training_step(self, batch: SentenceBatch, batch_idx: int) -> Tensor:
         """Training loss of one batch.
@@ -83,16 +93,25 @@ class SequenceClassifier(ScheduledModule):
         return self.checked(self.loss(batch), len(batch.y))
 
     def validation_step(self, batch: SentenceBatch, batch_idx: int) -> None:
-        """Count one batch's hits and add up its loss."""
+        """Compare one batch's logits with its labels."""
         logits = self(batch.ids, batch.mask)
-        self._val_loss.update(F.cross_entropy(logits, batch.y, reduction="none"))
-        self._val_accuracy.update(logits, batch.y)
-        self._val_matthews.update(logits, batch.y)
+        self._val_loss.update(self._losses(logits, batch.y))
+        if self.num_classes == 1:
+            self._val_pearson.update(logits[:, 0].float(), batch.y.float())
+        else:
+            self._val_accuracy.update(logits, batch.y)
+            self._val_matthews.update(logits, batch.y)
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, accuracy and correlation over all validation samples."""
+        """Log the metrics over all validation samples."""
         self.log("val_loss", self._val_loss.compute())
+        self._val_loss.reset()
+        if self.num_classes == 1:
+            # Equal predictions have no correlation with anything.
+            self.log("val_pearson", self._val_pearson.compute().nan_to_num())
+            self._val_pearson.reset()
+            return
         self.log("val_accuracy", 100 * self._val_accuracy.compute())
         self.log("val_matthews", self._val_matthews.compute().float())
-        for metric in (self._val_loss, self._val_accuracy, self._val_matthews):
-            metric.reset()
+        self._val_accuracy.reset()
+        self._val_matthews.reset()
