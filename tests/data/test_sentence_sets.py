@@ -141,7 +141,7 @@ def test_stand_in_labels_fit_the_task(tokenizer, name, classes):
 
 
 def test_scores_come_as_they_are_and_a_subset_keeps_their_spread(project, tokenizer):
-    head = "index genre filename year old_index source1 source2 sentence1 sentence2 score".split()
+    head = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"]
     rows = [head, *([*"0123456", "good", "bad", f"{k / 8:.3f}"] for k in range(41))]
     content = "".join("\t".join(row) + "\n" for row in rows)
     folder = project / "data/glue/STS-B"

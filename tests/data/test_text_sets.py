@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from leantrain.data import table, text
-from leantrain.data.text_sets import table_checksums
 from leantrain.data.errors import CorruptData, MissingData
+from leantrain.data.text_sets import table_checksums
 
 
 def test_shakespeare_is_cut_at_nine_tenths(lay_down):
@@ -68,15 +68,39 @@ MNLI = [
     *("index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"),
     *("sentence1_parse", "sentence2_parse", "sentence1", "sentence2", "label1"),
 ]
+MRPC = ["\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
+QQP = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
+QNLI = ["index", "question", "sentence", "label"]
 STSB = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"]
 
 
 @pytest.mark.parametrize(
     ("name", "folder", "head", "row", "other", "labels"),
     [
-        ("mrpc", "MRPC", ["\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String"], "1,7,8,A,B", "0,7,8,C,D", [1, 0]),
-        ("qqp", "QQP", ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"], "4,1,2,A,B,0", "5,1,2,C,D,1", [0, 1]),
-        ("qnli", "QNLI", ["index", "question", "sentence", "label"], "0,A,B,not_entailment", "1,C,D,entailment", [1, 0]),
+        (
+            "mrpc",
+            "MRPC",
+            ["\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String"],
+            "1,7,8,A,B",
+            "0,7,8,C,D",
+            [1, 0],
+        ),
+        (
+            "qqp",
+            "QQP",
+            ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
+            "4,1,2,A,B,0",
+            "5,1,2,C,D,1",
+            [0, 1],
+        ),
+        (
+            "qnli",
+            "QNLI",
+            ["index", "question", "sentence", "label"],
+            "0,A,B,not_entailment",
+            "1,C,D,entailment",
+            [1, 0],
+        ),
         ("stsb", "STS-B", STSB, "0,g,f,2012,1,s,s,A,B,3.250", "1,g,f,2012,1,s,s,C,D,5.000", [3.25, 5.0]),
     ],
 )
