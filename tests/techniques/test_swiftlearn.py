@@ -649,7 +649,7 @@ def test_a_single_output_has_no_probabilities(criterion):
         run(SwiftLearn(0.2, 1, criterion=criterion, outputs=lambda module, batch: module(batch[0])[:, :1]), epochs=2)
     callback = SwiftLearn(0.2, 1, criterion="logit_change", outputs=lambda module, batch: module(batch[0])[:, :1])
     run(callback, epochs=2)
-    assert callback.importance.shape == (20,)
+    assert callback.importance.shape == (60,)
 
 
 def test_an_importance_that_is_no_number_is_a_divergence():

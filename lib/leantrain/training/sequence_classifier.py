@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
+from torchmetrics import CatMetric, MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassMatthewsCorrCoef
-from torchmetrics.regression import PearsonCorrCoef
 
 from leantrain.data.sentence_sets import SentenceBatch
 from leantrain.training.language_model import logits_of
@@ -59,7 +58,7 @@ class SequenceClassifier(ScheduledModule):
             self._val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
             self._val_matthews = MulticlassMatthewsCorrCoef(num_classes, validate_args=False)
         else:
-            self._val_pearson = PearsonCorrCoef()
+            self._val_scores = CatMetric()
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits ``(B, num_classes)`` of ids and their mask, both ``(B, N)``.
@@ -97,7 +96,7 @@ class SequenceClassifier(ScheduledModule):
         logits = self(batch.ids, batch.mask)
         self._val_loss.update(self._losses(logits, batch.y))
         if self.num_classes == 1:
-            self._val_pearson.update(logits[:, 0].float(), batch.y.float())
+            self._val_scores.update(torch.stack([logits[:, 0].double(), batch.y.double()], dim=1))
         else:
             self._val_accuracy.update(logits, batch.y)
             self._val_matthews.update(logits, batch.y)
@@ -107,9 +106,11 @@ class SequenceClassifier(ScheduledModule):
         self.log("val_loss", self._val_loss.compute())
         self._val_loss.reset()
         if self.num_classes == 1:
-            # Equal predictions have no correlation with anything.
-            self.log("val_pearson", self._val_pearson.compute().nan_to_num())
-            self._val_pearson.reset()
+            scores = self._val_scores.compute().T
+            # Equal predictions have no correlation with anything; rounding would give them one.
+            constant = (scores == scores[:, :1]).all(dim=1).any()
+            self.log("val_pearson", scores.new_zeros(()) if constant else torch.corrcoef(scores)[0, 1])
+            self._val_scores.reset()
             return
         self.log("val_accuracy", 100 * self._val_accuracy.compute())
         self.log("val_matthews", self._val_matthews.compute().float())
