@@ -156,7 +156,7 @@ class Chapter:
         Args:
             claim_id: The claim's id.
             main: The claim's own quantity, in the claim's unit.
-            named: Further quantities that its rule names.
+            named: The quantities that its rule names, and others that the text names beside them.
 
         Raises:
             CatalogError: If the paper has no such claim.

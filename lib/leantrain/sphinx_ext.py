@@ -330,9 +330,11 @@ class _ClaimRole(SphinxRole):
         except CatalogError as error:
             _LOG.warning("%s role: %s", self.name, error, location=self.get_location())
             return None
-        if quantity and quantity not in claim.rule.quantities:
-            known = ", ".join(sorted(claim.rule.quantities))
-            problem = f"claim {claim_id} has no quantity {quantity!r}; it has {known}"
+        published = book.row(claim).published
+        # A chapter may measure more than the rule asks for.
+        known = claim.rule.quantities | set(published.record.measurements.get(claim.id, {}) if published else ())
+        if quantity and quantity not in known:
+            problem = f"claim {claim_id} has no quantity {quantity!r}; it has {', '.join(sorted(known))}"
             _LOG.warning("%s role: %s", self.name, problem, location=self.get_location())
             return None
         return claim, quantity or primary_quantity(claim)
