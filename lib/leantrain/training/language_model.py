@@ -93,6 +93,7 @@ class LanguageModel(ScheduledModule):
 
     Example:
         >>> from functools import partial
+        >>> import lightning as L
         >>> from torch.utils.data import DataLoader
         >>> _ = torch.manual_seed(0)
         >>> count = torch.arange(64).remainder(4).view(8, 8)
