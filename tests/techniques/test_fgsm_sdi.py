@@ -390,6 +390,20 @@ def test_the_schedule():
     assert factors == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 0.1, 0.01])
 
 
+def test_a_run_that_ends_early_follows_the_long_schedule():
+    rates = {}
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            rates.setdefault(pl_module.schedule_epochs, []).append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    for epochs, schedule in ((4, None), (2, 4)):
+        module = classifier("none", drops=(0.5,), schedule_epochs=schedule)
+        module.configure_callbacks = lambda: [Keep()]
+        fit(module, epochs=epochs)
+    assert rates[4] == rates[None][:10]
+
+
 def test_costs_and_sizes():
     assert sdi.step_cost("learned") == pytest.approx(7.367, abs=1e-3)
     assert sdi.step_cost("learned", every=1) - sdi.step_cost("learned", every=10**9) == pytest.approx(4.436, abs=1e-3)
@@ -449,6 +463,7 @@ def test_bad_attacks_are_named(attack, wrong, named):
         (lambda: classifier("zero", truth=1.5), "truth is 1.5"),
         (lambda: classifier("learned", every=0), "every is 0"),
         (lambda: classifier("zero", steps=0), "steps is 0"),
+        (lambda: classifier("zero", schedule_epochs=0), "schedule_epochs is 0"),
         (lambda: classifier("zero", warmup=1.0), "warmup=1.0"),
         (lambda: sdi.step_cost("first"), "start is 'first'"),
     ],

@@ -531,6 +531,7 @@ class AdversarialClassifier(L.LightningModule):
         generator_rate: Rate of the generator's Adam; its weight decay is 5e-4.
         warmup: Share of the run that warms up.
         drops: Shares of the run after which the rate falls to a tenth.
+        schedule_epochs: Epochs that the schedule is laid over, if the run ends before it; None for the run's own.
         all_statistics: Whether batch normalisation also records the attack's passes, as the authors' code does.
         attack_every: Epochs between two attacks on the validation images.
         channels_last: Whether images and weights are kept in the channels-last memory format.
@@ -557,6 +558,7 @@ class AdversarialClassifier(L.LightningModule):
         generator_rate: float = 1e-3,
         warmup: float = 0.2,
         drops: Sequence[float] = (0.8,),
+        schedule_epochs: int | None = None,
         all_statistics: bool = False,
         attack_every: int = 1,
         channels_last: bool = False,
@@ -570,8 +572,9 @@ class AdversarialClassifier(L.LightningModule):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; expected at least 0")
         _check_truth(truth)
-        for name, count in {"every": every, "steps": steps, "attack_every": attack_every}.items():
-            if count < 1:
+        counts = {"every": every, "steps": steps, "attack_every": attack_every, "schedule_epochs": schedule_epochs}
+        for name, count in counts.items():
+            if count is not None and count < 1:
                 raise ValueError(f"{name} is {count}; expected at least 1")
         if not 0 <= warmup < 1 or not all(0 < drop <= 1 for drop in drops):
             raise ValueError(f"warmup={warmup}, drops={tuple(drops)}: expected shares of the run")
@@ -584,6 +587,7 @@ class AdversarialClassifier(L.LightningModule):
         self.alpha = alpha if alpha is not None else (1.25 if start == "random" else 1.0) * epsilon
         self.steps, self.step_size, self.truth, self.every = steps, step_size, truth, every
         self.generator_rate, self.warmup, self.drops = generator_rate, warmup, tuple(drops)
+        self.schedule_epochs = schedule_epochs
         self.all_statistics, self.attack_every, self.channels_last = all_statistics, attack_every, channels_last
         self.generator_updates = 0
         # NaN, which says that an epoch was not attacked, must go through to the mean.
@@ -656,7 +660,7 @@ class AdversarialClassifier(L.LightningModule):
                 found["fgsm"] = adversarial_accuracy(self.model, x, y, one)
                 found["pgd"] = adversarial_accuracy(self.model, x, y, many)
         for name, value in found.items():
-            self._val[name].update(torch.full((len(y),), value))
+            self._val[name].update(torch.full((len(y),), value, device=y.device))
 
     def on_validation_epoch_end(self) -> None:
         """Log the three accuracies over all validation images."""
@@ -673,6 +677,10 @@ class AdversarialClassifier(L.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise ValueError("the schedule needs the length of the run: give the Trainer max_epochs or max_steps")
+        if self.schedule_epochs is not None:
+            if not self.trainer.max_epochs or self.trainer.max_epochs < 1:
+                raise ValueError("schedule_epochs is set, so the Trainer needs max_epochs")
+            total = total * self.schedule_epochs / self.trainer.max_epochs
         optimizer = self.build_optimizer([{"params": [p for p in self.model.parameters() if p.requires_grad]}])
         factor = partial(stepped_factor, total=int(total), warmup=self.warmup, drops=self.drops)
         made: dict[str, Any] = {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, factor)}
