@@ -29,8 +29,8 @@ __all__ = ["FrameFolders", "segment_places", "ucf101"]
 _CLASSES = 101
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LAYOUT = (
-    "Each clip is a folder of its frames, ucf101/frames/<class>/<clip>/<frame>.jpg, with the authors' names of classes and "
-    "clips; the authors' lists of clips lie beside them, ucf101/ucfTrainTestlist/classInd.txt, trainlist01.txt and so on."
+    "Each clip is a folder of its frames, ucf101/frames/<class>/<clip>/<frame>.jpg, with the authors' names of classes "
+    "and clips; their lists of clips lie beside them, ucf101/ucfTrainTestlist/classInd.txt, trainlist01.txt and so on."
 )
 # Processes that decode pictures; the batches do not depend on it.
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -72,7 +72,9 @@ class FrameFolders(Dataset[tuple[Tensor, int]]):
         seeds: One seed for each clip, int64 ``(N,)``, or None.
     """
 
-    def __init__(self, samples: Sequence[tuple[Path, int]], frames: int, size: int, seeds: Tensor | None = None) -> None:
+    def __init__(
+        self, samples: Sequence[tuple[Path, int]], frames: int, size: int, seeds: Tensor | None = None
+    ) -> None:
         self._samples = samples
         self._frames = frames
         self._seeds = seeds
@@ -140,7 +142,8 @@ def ucf101(
     """
     if batch_size < 1 or frames < 1 or size < 1 or split not in (1, 2, 3):
         raise ValueError(
-            f"batch_size={batch_size}, frames={frames}, size={size}, split={split}: expected at least 1, and a split of 1 to 3"
+            f"batch_size={batch_size}, frames={frames}, size={size}, split={split}: expected at least 1, "
+            "and a split of 1 to 3"
         )
     check_seed("split_seed", split_seed)
     shape = (frames, 3, size, size)
@@ -193,7 +196,9 @@ def _listed(part: str, split: int) -> tuple[list[tuple[Path, int]], str]:
     lists = home / "ucfTrainTestlist"
     try:
         classes = (lists / "classInd.txt").read_text(encoding="utf-8").split()[1::2]
-        clips = [Path(line.split()[0]) for line in (lists / f"{part}list{split:02}.txt").read_text("utf-8").splitlines()]
+        clips = [
+            Path(line.split()[0]) for line in (lists / f"{part}list{split:02}.txt").read_text("utf-8").splitlines()
+        ]
     except OSError as error:
         raise MissingData(f"{error}\n{_LAYOUT}") from error
     if len(classes) != _CLASSES:

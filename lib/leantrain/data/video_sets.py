@@ -42,8 +42,8 @@ _DIGIT_SIDE, _WHITE = 8, 16
 class VideoData(SeededData):
     """Clips and classes as batches; built by :func:`moving_digits` and :func:`leantrain.data.ucf101`.
 
-    A batch is ``(x, y)``: x float32 ``(B, T, C, H, W)``, so that ``x.flatten(0, 1)`` are all frames as images, without a
-    copy; y int64 ``(B,)``. Every training epoch is a fresh permutation.
+    A batch is ``(x, y)``: x float32 ``(B, T, C, H, W)``, so that ``x.flatten(0, 1)`` are all frames as images, without
+    a copy; y int64 ``(B,)``. Every training epoch is a fresh permutation.
 
     Attributes:
         num_classes: Number of classes.
@@ -103,8 +103,8 @@ class MovingDigits:
         scale: Pixels of a frame along one pixel of a digit, at least 1.
         speeds: Pixels that a digit moves from frame to frame (in both axes, on a diagonal), each with all eight
             `DIRECTIONS`.
-        noise: Standard deviation of what is added to every pixel of every frame, at least 0; the digits' own values are 0
-            to 1. It is nearly normal: a sum of four even draws, of integers, so that it is the same on every machine.
+        noise: Standard deviation of what is added to every pixel of every frame, at least 0; the digits' own values are
+            0 to 1. It is nearly normal: a sum of four even draws, of integers, and so the same on every machine.
         order: `forward`; `shuffled`, the frames of each clip in a random order, which hides which of two opposite
             directions it is; or `single`, the first frame all the time, which hides the class altogether. All three
             are made of the same frames.

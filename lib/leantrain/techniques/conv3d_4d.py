@@ -383,7 +383,7 @@ class FrameNet(nn.Sequential):
 
 
 class EcoLite(nn.Module):
-    """The network that the paper measures, `FrameNet` on every frame and then a `VideoNet`, or a smaller one of its kind.
+    """The network that the paper measures, `FrameNet` on each frame and then a `VideoNet`, or a small one like it.
 
     Args:
         kind: How clips are convolved.
@@ -438,7 +438,7 @@ class ClipNet(nn.Module):
 
 
 def channels_last(net: nn.Module) -> nn.Module:
-    """Put the channels of all kernels side by side in memory, in 2D and 3D convolutions: for both the faster layout.
+    """Put the channels of all kernels, in 2D and in 3D, side by side in memory: for both the faster layout.
 
     Frames that are channels-last give clips that are, through `to_clips`, so this is all that a 3D network needs as well.
 
