@@ -188,15 +188,20 @@ class _Shortcut4D(nn.Module):
 
 
 class _Conv3d(nn.Conv3d):
-    """A 3D convolution that is called like the blocks of this module."""
+    """A 3D convolution that is called like the blocks of this module, and gives channels-last clips for such clips."""
 
     def forward(self, x: Tensor, frames: int = 0) -> Tensor:
-        return super().forward(x)
+        y = super().forward(x)
+        # With one thread and a small batch, PyTorch takes another routine where the kernel has one pixel; it answers in
+        # the default layout, and all that follows would be converted back and forth.
+        if x.is_contiguous(memory_format=torch.channels_last_3d):
+            return y.contiguous(memory_format=torch.channels_last_3d)
+        return y
 
 
-def _conv(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> nn.Conv3d:
+def _conv(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> _Conv3d:
     padding = tuple(k // 2 for k in kernel)
-    return nn.Conv3d(inputs, outputs, kernel, stride, cast(tuple[int, int, int], padding), bias=False)
+    return _Conv3d(inputs, outputs, kernel, stride, cast(tuple[int, int, int], padding), bias=False)
 
 
 def _along(axis: int, value: int) -> tuple[int, int, int]:
