@@ -445,7 +445,7 @@ class ClipNet(nn.Module):
 def channels_last(net: nn.Module) -> nn.Module:
     """Put the channels of all kernels, in 2D and in 3D, side by side in memory: for both the faster layout.
 
-    Frames that are channels-last give clips that are, through `to_clips`, so this is all that a 3D network needs as well.
+    Frames that are channels-last give clips that are, through `to_clips`: a 3D network needs no more than this.
 
     Args:
         net: Any module; changed in place.
