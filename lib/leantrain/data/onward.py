@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from leantrain.data.seeded import SeededData
 
@@ -37,7 +37,7 @@ def onward(data: SeededData, first: int) -> SeededData:
         return train_batches(seed, epoch + first)
 
     return SeededData(
-        name=cast(str, data.name),
+        name=data.name,  # type: ignore[arg-type]  # Lightning says None for what has no name; ours has one
         checksums=data.checksums,
         batch_size=data.batch_size,
         sizes=(data.train_size, data.val_size),
