@@ -2,13 +2,15 @@
 
     python benchmarks/pruning_bitwidth_speed.py [--repeats 9] [--threads 1]
 
-Four layers of VGG-16 and ResNet-50, one image, random masks, all ways in turn. The rate counts the multiplications that
-are really done. `patches` is what libraries of sparse matrices offer: `F.unfold`, then SciPy's compressed rows times it.
+Four layers of VGG-16 and ResNet-50, one image, random masks, all ways in turn. The rate counts the multiplications
+that are really done. `patches` is what libraries of sparse matrices offer: `F.unfold`, then SciPy's compressed rows
+times it.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import pandas as pd
 import torch
@@ -39,9 +41,9 @@ def main() -> None:
             pruned = pb.prune_randomly(conv, sparsity)
             matrix = csr_matrix(pruned.weight.detach().flatten(1).numpy())
             arms = {
-                "dense": lambda conv=conv, x=x: conv(x),
-                "direct": lambda made=pb.DirectConv2d(pruned), x=x: made(x),
-                "shifted": lambda made=pb.ShiftedCSRConv2d(pruned), x=x: made(x),
+                "dense": partial(conv, x),
+                "direct": partial(pb.DirectConv2d(pruned), x),
+                "shifted": partial(pb.ShiftedCSRConv2d(pruned), x),
                 "patches": lambda m=matrix, x=x, k=kernel: m @ F.unfold(x, k, padding=k // 2)[0].numpy(),
             }
             with torch.inference_mode():
