@@ -206,6 +206,7 @@ def test_the_generator_has_the_known_size_and_stays_inside():
     start = generator.start(x, torch.randint(-1, 2, x.shape).float(), epsilon=0.1).detach()
     assert start.shape == x.shape
     assert float(start.abs().max()) < 0.1
+    assert generator.double().start(x.double(), x.double(), epsilon=0.1).dtype is torch.float64
 
 
 def test_a_generator_that_says_nothing_leaves_fgsm_and_no_step_leaves_the_start():
@@ -465,7 +466,13 @@ def test_bad_attacks_are_named(attack, wrong, named):
         (lambda: classifier("zero", steps=0), "steps is 0"),
         (lambda: classifier("zero", schedule_epochs=0), "schedule_epochs is 0"),
         (lambda: classifier("zero", warmup=1.0), "warmup=1.0"),
+        (lambda: classifier("zero", generator_rate=math.nan), "generator_rate is nan"),
         (lambda: sdi.step_cost("first"), "start is 'first'"),
+        (lambda: sdi.step_cost("learned", every=0), "every=0"),
+        (lambda: sdi.step_cost("many", steps=-1), "steps=-1"),
+        (lambda: sdi.random_start(X, -0.1), "epsilon is -0.1"),
+        (lambda: sdi.adversarial_accuracy(MODEL, X[:0], Y[:0]), "x is empty"),
+        (lambda: sdi.strong_survivors(network(classes=2).eval(), X, Y % 2, epsilon=0.1, attacks=["apgd-dlr"]), "three"),
     ],
 )
 def test_bad_input_is_named(call, named):

@@ -514,6 +514,11 @@ def test_layers_that_the_direct_path_does_not_take(direct, conv, named):
         direct(conv)
 
 
+def test_places_that_32_bits_cannot_count():
+    with pytest.raises(ValueError, match="more places than int32"):
+        pb.DirectConv2d(nn.Conv2d(2, 2, 3))._stretched(2**15, 2**16)
+
+
 @BOTH
 def test_inputs_that_the_direct_path_does_not_take(direct):
     layer = direct(nn.Conv2d(2, 2, 3))

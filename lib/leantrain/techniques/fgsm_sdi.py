@@ -43,6 +43,7 @@ from leantrain.training.batch_statistics import frozen_statistics
 from leantrain.training.diverged import Diverged
 
 __all__ = [
+    "MARGIN",
     "AdversarialClassifier",
     "PixelModel",
     "Start",
@@ -132,7 +133,16 @@ def signed_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss = F.cross
 
 
 def random_start(x: Tensor, epsilon: float) -> Tensor:
-    """A point of the cube of half-width `epsilon`, each entry uniform and independent, of the images' shape."""
+    """A point of the cube of half-width `epsilon`, each entry uniform and independent, of the images' shape.
+
+    Args:
+        x: (B, C, H, W) images.
+        epsilon: Half the width of the cube, at least 0.
+
+    Raises:
+        ValueError: If `epsilon` is negative or no number.
+    """
+    _check_sizes(epsilon=epsilon)
     return torch.empty_like(x).uniform_(-epsilon, epsilon) if epsilon > 0 else torch.zeros_like(x)
 
 
@@ -281,8 +291,8 @@ def strong_survivors(
         Attack -> (B,) booleans, True where the image is classified correctly before and after it.
 
     Raises:
-        ValueError: If an attack is unknown, a number is out of range, the model is in training mode, or the images are
-            too small for `square`.
+        ValueError: If an attack is unknown, a number is out of range, the model is in training mode, the images are
+            too small for `square`, or there are too few classes for `apgd-dlr`.
     """
     import numpy as np
 
@@ -293,11 +303,14 @@ def strong_survivors(
         raise ValueError("epsilon, steps and queries must be above 0, and the model in evaluation mode")
     if "square" in attacks and min(x.shape[2:]) < 6:
         raise ValueError(f"square needs images of at least 6 pixels a side, got {tuple(x.shape[2:])}: leave it out")
+    classes = _logits(model, x[:1]).shape[1]
+    if "apgd-dlr" in attacks and classes < 3:
+        raise ValueError(f"apgd-dlr compares three classes, the model has {classes}: leave it out")
     from art.attacks.evasion import AutoProjectedGradientDescent, SquareAttack
     from art.estimators.classification import PyTorchClassifier
 
     wrapped = PyTorchClassifier(
-        model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), _logits(model, x[:1]).shape[1], clip_values=(0.0, 1.0),
+        model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), classes, clip_values=(0.0, 1.0),
         device_type="gpu" if x.is_cuda else "cpu",
     )  # fmt: skip
     shared = {"norm": np.inf, "eps": epsilon, "batch_size": len(x), "verbose": False}
@@ -330,7 +343,12 @@ def adversarial_accuracy(
         y: (B,) classes.
         delta: The perturbation; 0 for the accuracy on clean images.
         batch_size: Images at a time.
+
+    Raises:
+        ValueError: If there are no images.
     """
+    if not len(x):
+        raise ValueError("x is empty: there is nothing to classify")
     moved = x + delta
     with torch.no_grad():
         hits = [
@@ -413,7 +431,7 @@ class StartGenerator(nn.Module):
 
     def start(self, images: Tensor, signs: Tensor, *, epsilon: float) -> Tensor:
         """The start, each entry between minus and plus `epsilon`."""
-        return epsilon * torch.tanh(self(images.detach(), signs.detach()).float())
+        return epsilon * torch.tanh(_in_full(self(images.detach(), signs.detach())))
 
 
 def generator_gradients(
@@ -568,9 +586,7 @@ class AdversarialClassifier(L.LightningModule):
             raise ValueError(f"start is {start!r}; expected one of {', '.join(get_args(Start))}")
         if (generator is not None) != (start == "learned"):
             raise ValueError(f"start is {start!r} and generator is {type(generator).__name__}: `learned` needs one")
-        for name, value in {"epsilon": epsilon, "alpha": alpha or 0.0, "step_size": step_size}.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}; expected at least 0")
+        _check_sizes(epsilon=epsilon, alpha=alpha or 0.0, step_size=step_size, generator_rate=generator_rate)
         _check_truth(truth)
         counts = {"every": every, "steps": steps, "attack_every": attack_every, "schedule_epochs": schedule_epochs}
         for name, count in counts.items():
@@ -711,11 +727,16 @@ def step_cost(start: Start, *, steps: int = 10, generator: float = 80.8 / 555.4,
     Returns:
         Forward passes.
 
+    Raises:
+        ValueError: If the method is unknown or a number is out of range.
+
     >>> [round(step_cost(start), 1) for start in ("none", "zero", "random", "learned", "many")]
     [3, 5, 5, 7.4, 23]
     """
     if start not in get_args(Start):
         raise ValueError(f"start is {start!r}; expected one of {', '.join(get_args(Start))}")
+    if steps < 0 or every < 1 or not 0 <= generator < math.inf:
+        raise ValueError(f"steps={steps}, every={every}, generator={generator}: expected at least 0, 1 and 0")
     if start == "learned":
         return 7 + generator + (4 + 3 * generator) / every
     return {"none": 3, "zero": 5, "random": 5, "many": 3 + 2 * steps}[start]
@@ -743,10 +764,14 @@ def cifar_resnet18(num_classes: int = 10) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
+def _in_full(x: Tensor) -> Tensor:
+    # Half precision is too coarse for a loss whose gradient's sign is asked for, and for a start inside a small cube.
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    logits = model(x)
-    # Half precision is too coarse for a loss whose gradient's sign is asked for.
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits: Tensor = model(x)
+    return _in_full(logits)
 
 
 def _check_truth(truth: float) -> None:
@@ -754,10 +779,14 @@ def _check_truth(truth: float) -> None:
         raise ValueError(f"truth is {truth}; expected above 0 and at most 1")
 
 
-def _check_attack(x: Tensor, epsilon: float, alpha: float) -> None:
-    for name, value in {"epsilon": epsilon, "the step": alpha}.items():
+def _check_sizes(**sizes: float) -> None:
+    for name, value in sizes.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}; expected at least 0")
+
+
+def _check_attack(x: Tensor, epsilon: float, alpha: float) -> None:
+    _check_sizes(**{"epsilon": epsilon, "the step": alpha})
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, C, H, W)")
     low, high = (float(v) for v in torch.aminmax(x.detach()))

@@ -960,6 +960,8 @@ class DirectConv2d(_SparseConv2d):
     def _stretched(self, rows: int, pitch: int) -> NDArray[np.int32]:
         """The columns as places in the padded input, worked out once for each size of image."""
         if (rows, pitch) not in self._offsets:
+            if self.in_channels * rows * pitch > np.iinfo(np.int32).max:
+                raise ValueError(f"{self.in_channels} padded planes of {rows} by {pitch} have more places than int32")
             channel, place = np.divmod(self._rows.columns, self.kernel[0] * self.kernel[1])
             row, column = np.divmod(place, self.kernel[1])
             self._offsets[rows, pitch] = ((channel * rows + row) * pitch + column).astype(np.int32)
