@@ -1,4 +1,4 @@
-"""The rendered pages: no broken link, no heavy page, nothing from elsewhere; and, in a browser, no error and no barrier.
+"""The rendered pages: no broken link, no heavy page, nothing from elsewhere; in a browser, no error and no barrier.
 
 The browser tests need Chromium on the path (Debian: `apt install chromium`); without it they are skipped.
 """
@@ -172,7 +172,9 @@ def test_every_page_is_accessible_and_quiet(browser, address, pages, screen):
         page.evaluate(axe)
         # Without `preload` axe does not fetch the style sheets once more, from wrong addresses.
         for fault in page.evaluate("axe.run({resultTypes: ['violations'], preload: false})")["violations"]:
-            faults.append(f"{name}: {fault['id']}: {len(fault['nodes'])} times, first {fault['nodes'][0]['html'][:200]}")
+            faults.append(
+                f"{name}: {fault['id']}: {len(fault['nodes'])} times, first {fault['nodes'][0]['html'][:200]}"
+            )
         page.close()
     context.close()
     assert faults == []
@@ -200,7 +202,9 @@ def test_the_search_finds_a_chapter(browser, address):
     page = browser.new_page()
     page.goto(address + "search.html?q=TensorDash", wait_until="load")
     page.locator("#search-results li a").first.wait_for()
-    assert any("tensordash" in (link.get_attribute("href") or "") for link in page.locator("#search-results li a").all())
+    assert any(
+        "tensordash" in (link.get_attribute("href") or "") for link in page.locator("#search-results li a").all()
+    )
     page.close()
 
 

@@ -59,6 +59,7 @@ _LOG = logging.getLogger(__name__)
 #: One file with all that formulas need: no fonts, which browsers may refuse to load from a local folder.
 _MATHJAX = ("static", "mathjax", "tex-svg.js")
 
+_REFERENCE_ROLES = re.compile(r' role="doc-biblioentry"|(?<=<div) role="list"(?= class="citation-list")')
 _EMPTY_HEADER = re.compile(r"<th((?: [^>]*)?)>(?:\s|&nbsp;)*</th>")
 
 
@@ -443,13 +444,17 @@ def _bring_mathjax(app: Sphinx) -> None:
     shutil.copyfile(_mathjax_file(), target)
 
 
-def _choose_scripts(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
-    """Only the scoreboard needs its script, and no page those that would run code on a server elsewhere.
+def _adapt_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Give a page the scripts that it needs, and lists of references the roles that browsers know.
 
-    Jupyter Book declares the latter twice, which is an error in the browser's console.
+    Only the scoreboard needs its script, and no page those that would run code on a server elsewhere: Jupyter Book
+    declares these twice, which is an error in the browser's console. The role that docutils gives to a reference has
+    been withdrawn from the standard, and leaves its list without an item.
     """
     if page == _SCOREBOARD:
         app.add_js_file("scoreboard.js", loading_method="defer")
+    if "body" in context:
+        context["body"] = _REFERENCE_ROLES.sub("", context["body"])
     for kind in ("script_files", "css_files"):
         context[kind] = [file for file in context.get(kind, ()) if not _runs_elsewhere(file)]
 
@@ -486,6 +491,6 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("env-get-outdated", _live_pages)
     app.connect("source-read", _prepare_chapter)
     app.connect("doctree-read", _mark_stale)
-    app.connect("html-page-context", _choose_scripts)
+    app.connect("html-page-context", _adapt_page)
     app.connect("build-finished", _export_scoreboard)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}
