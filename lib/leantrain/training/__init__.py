@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         mask_tokens,
     )
     from leantrain.training.resnet import small_resnet
+    from leantrain.training.resnet9 import ResNet9
     from leantrain.training.schedules import warmup_cosine, warmup_cosine_factor
     from leantrain.training.sequence_classifier import SequenceClassifier
     from leantrain.training.snapshots import Snapshots
@@ -32,6 +33,7 @@ __all__ = [
     "MaskedLanguageModel",
     "MaskedTransformer",
     "PretrainedClassifier",
+    "ResNet9",
     "SequenceClassifier",
     "Snapshots",
     "WeightStore",
@@ -51,6 +53,7 @@ _HOME = {
     "MaskedLanguageModel": "masked_language_model",
     "MaskedTransformer": "masked_language_model",
     "PretrainedClassifier": "masked_language_model",
+    "ResNet9": "resnet9",
     "SequenceClassifier": "sequence_classifier",
     "Snapshots": "snapshots",
     "WeightStore": "weight_store",
