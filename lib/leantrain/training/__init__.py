@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from leantrain.training.airbench import AirbenchNet
+    from leantrain.training.batch_statistics import frozen_statistics
     from leantrain.training.diverged import Diverged
     from leantrain.training.image_classifier import ImageClassifier
     from leantrain.training.language_model import LanguageModel, next_token_loss, perplexity
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from leantrain.training.weight_store import WeightStore
 
 __all__ = [
+    "AirbenchNet",
     "Diverged",
     "ImageClassifier",
     "LanguageModel",
@@ -37,6 +40,7 @@ __all__ = [
     "SequenceClassifier",
     "Snapshots",
     "WeightStore",
+    "frozen_statistics",
     "mask_tokens",
     "next_token_loss",
     "perplexity",
@@ -47,6 +51,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AirbenchNet": "airbench",
     "Diverged": "diverged",
     "ImageClassifier": "image_classifier",
     "LanguageModel": "language_model",
@@ -57,6 +62,7 @@ _HOME = {
     "SequenceClassifier": "sequence_classifier",
     "Snapshots": "snapshots",
     "WeightStore": "weight_store",
+    "frozen_statistics": "batch_statistics",
     "mask_tokens": "masked_language_model",
     "next_token_loss": "language_model",
     "perplexity": "language_model",
