@@ -55,6 +55,7 @@ __all__ = [
     "patch_whitening",
     "rate_factor",
     "sam_gradient",
+    "sharpness",
 ]
 
 _CHUNK = 250  # images whose patches are in memory at a time
@@ -225,6 +226,27 @@ def sam_gradient(
     with displaced(active, [scale * g for g in slopes]):
         (again or gradient)()
     return loss
+
+
+def sharpness(gradient: Callable[[], Tensor], params: Iterable[Tensor], rho: float = 0.05) -> float:
+    r"""How much the loss rises on the way to :math:`w + \rho\, g / \lVert g \rVert_2`.
+
+    Args:
+        gradient: Clears and fills the gradients at the present weights and returns the loss.
+        params: All parameters that are trained.
+        rho: Radius, not negative.
+
+    Raises:
+        ValueError: If `rho` is negative or not finite, or no parameter got a gradient.
+    """
+    risen: list[Tensor] = []
+
+    def again() -> Tensor:
+        risen.append(gradient())
+        return risen[-1]
+
+    loss = sam_gradient(gradient, params, rho, again=again)
+    return float(risen[-1]) - float(loss)
 
 
 def meta_gradient(
