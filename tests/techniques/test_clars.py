@@ -409,6 +409,24 @@ def test_accumulation_is_one_large_batch() -> None:
     assert len(whole.step_losses) == 4
 
 
+def test_batches_of_the_loader_make_one_large_batch() -> None:
+    """Accumulated over two loader batches and in one piece; of five batches of an epoch the fifth makes no step."""
+    halves = train(large_batch(SGD, accumulate=2), epochs=1, batch_size=32)
+    whole = large_batch(SGD)
+    data = images("digits", batch_size=32, train_size=128, val_size=40)
+    data.set_seed(0)
+    sgd = torch.optim.SGD(whole.model.parameters(), lr=0.1, momentum=0.9)
+    batches = list(data.train_dataloader())
+    for step in range(2):
+        x, y = (torch.cat(parts) for parts in zip(*batches[2 * step : 2 * step + 2], strict=True))
+        sgd.param_groups[0]["lr"] = 0.1 * polynomial_factor(step, 2)
+        sgd.zero_grad()
+        F.cross_entropy(whole.model(x), y).backward()
+        sgd.step()
+    torch.testing.assert_close(weights(halves), weights(whole), atol=1e-6, rtol=1e-4)
+    assert len(train(large_batch(SGD, accumulate=2), batch_size=25).step_losses) == 4
+
+
 def test_sgd_in_training_is_the_plain_loop() -> None:
     module = train(large_batch(SGD, warmup_epochs=0.5))
     model = small_net()
@@ -468,13 +486,15 @@ def test_norms_are_refreshed_when_they_are_due() -> None:
 
 
 def test_bad_training_options_are_named() -> None:
-    for name in ("physical_batch", "micro_batches", "micro_size", "refresh"):
+    for name in ("physical_batch", "accumulate", "micro_batches", "micro_size", "refresh"):
         with pytest.raises(ValueError, match=name):
             large_batch(SGD, **{name: 0})
     with pytest.raises(ValueError, match="warmup_epochs"):
         large_batch(SGD, warmup_epochs=-1.0)
     with pytest.raises(ValueError, match="does not end before"):
         train(large_batch(SGD, warmup_epochs=2.0))
+    with pytest.raises(ValueError, match="accumulate fewer"):
+        train(large_batch(SGD, accumulate=3))
     with pytest.raises(ValueError, match="need 72 images, the batch has 64"):
         train(large_batch(partial(CLARS, lr=1.0), micro_batches=9))
     with pytest.raises(ValueError, match="max_epochs"):

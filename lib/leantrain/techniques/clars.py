@@ -433,16 +433,18 @@ class LargeBatchClassifier(ImageClassifier):
         num_classes: Number of classes, at least 2.
         physical_batch: Images in one pass, at least 1. The gradient of a batch is put together from such parts; batch
             normalisation sees the parts.
+        accumulate: Batches of the data module, all of one size, that make one large batch, at least 1. What is left over
+            at the end of an epoch makes no step.
         micro_batches: Number n of micro-batches for the estimate, at least 1.
         micro_size: Images in a micro-batch, at least 1; 1 measures single samples exactly. They are the first of the
-            batch, which comes in random order.
+            last batch, which comes in random order.
         refresh: The norms are estimated anew every so many steps, at least 1.
         warmup_epochs: Length of the warm-up, at least 0; 0 for none.
         plain_rate: See :func:`layer_groups`.
         channels_last: See :class:`~leantrain.training.ImageClassifier`.
 
     Attributes:
-        step_losses: Training loss of each batch so far, before its step.
+        step_losses: Training loss of each large batch so far, before its step.
 
     Raises:
         ValueError: If a number is out of range; in training, if a batch is smaller than the micro-batches together.
@@ -456,6 +458,7 @@ class LargeBatchClassifier(ImageClassifier):
         *,
         num_classes: int,
         physical_batch: int = 250,
+        accumulate: int = 1,
         micro_batches: int = 8,
         micro_size: int = 8,
         refresh: int = 1,
@@ -464,18 +467,19 @@ class LargeBatchClassifier(ImageClassifier):
         channels_last: bool = False,
     ) -> None:
         super().__init__(model, optimizer, num_classes=num_classes, channels_last=channels_last)
-        sizes = {"physical_batch": physical_batch, "micro_batches": micro_batches, "micro_size": micro_size}
-        for name, size in {**sizes, "refresh": refresh}.items():
+        sizes = {"physical_batch": physical_batch, "accumulate": accumulate, "refresh": refresh}
+        for name, size in {**sizes, "micro_batches": micro_batches, "micro_size": micro_size}.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if not 0 <= warmup_epochs < math.inf:
             raise ValueError(f"warmup_epochs must be a finite number, at least 0, got {warmup_epochs}")
         self.automatic_optimization = False
-        self.physical_batch = physical_batch
+        self.physical_batch, self.accumulate = physical_batch, accumulate
         self.micro_batches, self.micro_size, self.refresh = micro_batches, micro_size, refresh
         self.warmup_epochs = warmup_epochs
         self.plain_rate = plain_rate
         self.step_losses: list[float] = []
+        self._mean_loss = 0.0
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser over the groups, and its schedule over the whole run.
@@ -483,10 +487,14 @@ class LargeBatchClassifier(ImageClassifier):
         Raises:
             ValueError: If the trainer has no end, or the warm-up is as long as the run.
         """
-        total, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
-        if total == math.inf or not epochs or epochs < 1:
+        epochs = self.trainer.max_epochs
+        if self.trainer.estimated_stepping_batches == math.inf or not epochs or epochs < 1:
             raise ValueError("the schedule needs the length of the run: give the Trainer max_epochs")
-        steps = int(total)
+        steps = epochs * (int(self.trainer.num_training_batches) // self.accumulate)
+        if not steps:
+            raise ValueError(
+                f"an epoch has fewer than the {self.accumulate} batches that make a step: accumulate fewer"
+            )
         warmup = round(self.warmup_epochs * steps / epochs)
         if warmup >= steps:
             raise ValueError(f"a warm-up of {self.warmup_epochs} epochs does not end before the run's {epochs}")
@@ -495,10 +503,10 @@ class LargeBatchClassifier(ImageClassifier):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Accumulate the gradient of one large batch, look at the small ones, take the step.
+        """Add to the gradient of a large batch; when that is complete, look at the small ones and take the step.
 
         Returns:
-            The mean loss before the step, a scalar without gradient.
+            The mean loss of this batch, a scalar without gradient.
 
         Raises:
             Diverged: If the loss is infinite or not a number.
@@ -506,18 +514,22 @@ class LargeBatchClassifier(ImageClassifier):
         """
         x, y = batch
         optimizer = cast(LightningOptimizer, self.optimizers())
-        optimizer.zero_grad()
+        if batch_idx % self.accumulate == 0:
+            optimizer.zero_grad()
+            self._mean_loss = 0.0
         mean = torch.zeros((), device=x.device)
         for part in zip(x.split(self.physical_batch), y.split(self.physical_batch), strict=True):
             loss = super().training_step(part, batch_idx) * (len(part[1]) / len(y))
-            self.manual_backward(loss)
+            self.manual_backward(loss / self.accumulate)
             mean = mean + loss.detach()
-        inner = optimizer.optimizer
-        if isinstance(inner, CLARS) and self.global_step % self.refresh == 0:
-            inner.see(self.gradient_norms(x, y).mean)
-        optimizer.step()
-        cast(LambdaLR, self.lr_schedulers()).step()
-        self.step_losses.append(float(mean))
+        self._mean_loss += float(mean) / self.accumulate
+        if (batch_idx + 1) % self.accumulate == 0:
+            inner = optimizer.optimizer
+            if isinstance(inner, CLARS) and self.global_step % self.refresh == 0:
+                inner.see(self.gradient_norms(x, y).mean)
+            optimizer.step()
+            cast(LambdaLR, self.lr_schedulers()).step()
+            self.step_losses.append(self._mean_loss)
         return mean
 
     def gradient_norms(self, x: Tensor, y: Tensor) -> GradientNorms:
