@@ -433,7 +433,7 @@ class LargeBatchClassifier(ImageClassifier):
         num_classes: Number of classes, at least 2.
         physical_batch: Images in one pass, at least 1. The gradient of a batch is put together from such parts; batch
             normalisation sees the parts.
-        accumulate: Batches of the data module, all of one size, that make one large batch, at least 1. What is left over
+        accumulate: Batches of the data module, all of one size, that make one large batch, at least 1. What remains
             at the end of an epoch makes no step.
         micro_batches: Number n of micro-batches for the estimate, at least 1.
         micro_size: Images in a micro-batch, at least 1; 1 measures single samples exactly. They are the first of the
