@@ -11,6 +11,7 @@ from torchvision.models.video import r3d_18
 
 from leantrain.measure.cost import count_macs, count_parameters
 from leantrain.techniques.conv3d_4d import (
+    ClipNet,
     Conv4D,
     EcoLite,
     FrameNet,
@@ -18,6 +19,7 @@ from leantrain.techniques.conv3d_4d import (
     SpaceThenTime,
     SpaceWithTime,
     VideoNet,
+    channels_last,
     to_clips,
     to_frames,
     to_pixels,
@@ -231,3 +233,47 @@ def test_every_kind_learns_from_its_gradient():
 def test_bad_input_is_named(call, named):
     with pytest.raises(ValueError, match=named):
         call()
+
+
+def test_a_small_network_of_the_same_kind_takes_clips():
+    torch.manual_seed(0)
+    stem = nn.Conv2d(1, 6, 3, 2, 1)
+    net = EcoLite("add", num_classes=5, frame_net=stem, channels=6, widths=(8, 16), blocks=1)
+    clips = torch.rand(3, 4, 1, 8, 8)
+    logits = ClipNet(net)(clips)
+    assert logits.shape == (3, 5)
+    frames = clips.flatten(0, 1)
+    torch.testing.assert_close(logits, net.video_net(stem(frames), 4))
+    # A clip's logits do not depend on the other clips, once normalisation is that of the training data.
+    net.eval()
+    torch.testing.assert_close(ClipNet(net)(clips)[1:2], ClipNet(net)(clips[1:2]))
+
+
+@pytest.mark.parametrize("kind", ["conv3d", "add"])
+def test_clip_nets_stay_channels_last(kind):
+    """Also behind images of one channel, whose strides fit both layouts."""
+    torch.manual_seed(0)
+    stem = nn.Conv2d(1, 6, 3, padding=1)
+    net = ClipNet(EcoLite(kind, num_classes=5, frame_net=stem, channels=6, widths=(8, 16), blocks=1))
+    formats, seen = {4: torch.channels_last, 5: torch.channels_last_3d}, []
+
+    def look(module, inputs, output):
+        if output.ndim in formats:
+            seen.append(output.is_contiguous(memory_format=formats[output.ndim]))
+
+    for module in net.modules():
+        module.register_forward_hook(look)
+    net(torch.rand(3, 4, 1, 8, 8))
+    assert len(seen) > 8
+    assert all(seen)
+
+
+def test_channels_last_changes_the_layout_only():
+    torch.manual_seed(0)
+    net = VideoNet("conv3d", in_channels=3, num_classes=4, widths=(8,))
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    assert channels_last(net) is net
+    for name, p in net.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.requires_grad
+        assert p.ndim != 5 or p.is_contiguous(memory_format=torch.channels_last_3d)

@@ -9,9 +9,17 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from leantrain.low_rank.factors import decompose, decompose_model, reconstruct
+from leantrain.low_rank.factors import decompose, decompose_model, factors_of, reconstruct, svd_factors
 from leantrain.measure.cost import count_parameters
-from leantrain.techniques.plrd import family_ranks, lower_ranks, lowered, plain_linears
+from leantrain.techniques.plrd import (
+    FactoredEmbedding,
+    factor_tied_embedding,
+    family_members,
+    family_ranks,
+    lower_ranks,
+    lowered,
+    plain_linears,
+)
 
 
 def llama():
@@ -168,3 +176,103 @@ def test_bad_input_is_named(call, named):
     with pytest.raises(ValueError, match=named):
         call(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_members_come_one_after_the_other_and_leave_the_parent_alone():
+    """The recovery is any code: here plain steps towards the parent's own outputs."""
+    torch.manual_seed(0)
+    parent = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24))
+    before, inputs = copy.deepcopy(parent.state_dict()), torch.randn(64, 24)
+    family, errors, seen = family_ranks(parent, (1.5, 3.0, 6.0)), [], []
+
+    def error(model):
+        return nn.functional.mse_loss(model(inputs), parent(inputs).detach())
+
+    def recover(member):
+        seen.append(member)
+        optimiser = torch.optim.Adam(member.parameters(), lr=1e-2)
+        errors.append([error(member).item()])
+        for _ in range(30):
+            optimiser.zero_grad()
+            error(member).backward()
+            optimiser.step()
+        errors[-1].append(error(member).item())
+
+    members = family_members(parent, family, recover)
+    assert not seen, "nothing happens before a member is asked for"
+    members = list(members)
+    assert [id(member) for member in members] == [id(member) for member in seen]
+    assert [{name: pair.rank for name, pair in factors_of(member).items()} for member in members] == family
+    assert all(after < cut for cut, after in errors)
+    assert all(torch.equal(before[name], value) for name, value in parent.state_dict().items())
+    kept = [reconstruct(member[0]).detach() for member in members]
+    chained = lowered(members[1][0].first.weight.T, members[1][0].second.weight.T, family[2]["0"])
+    assert not torch.allclose((chained[0] @ chained[1]).T.float(), kept[2], atol=1e-3), "the last one was trained on"
+    direct = next(family_members(parent, family[2:], lambda member: None))
+    assert not torch.allclose(reconstruct(direct[0]), kept[2], atol=1e-3), "a later member carries what was learnt"
+
+
+def test_members_without_training_are_those_of_the_parent():
+    model = plain_linears(tiny_gpt2())
+    family = family_ranks(model, (2.0, 4.0), in_layers)
+    *_, last = family_members(model, family, lambda member: None)
+    once = lower_ranks(copy.deepcopy(model), family[-1])
+    tokens = torch.randint(0, 60, (1, 8))
+    torch.testing.assert_close(last(tokens).logits, once(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [[48], [20], [20, 7]])
+def test_a_factored_embedding_is_that_of_the_truncated_matrix(ranks):
+    model, tokens = plain_linears(tiny_gpt2()), torch.randint(0, 60, (2, 16))
+    reference = copy.deepcopy(model)
+    left, right = svd_factors(model.lm_head.weight.T, ranks[-1])
+    with torch.no_grad():
+        reference.transformer.wte.weight.copy_((left @ right).T)
+    assert factor_tied_embedding(model, ranks[0]) is model
+    for rank in ranks[1:]:
+        lower_ranks(model, {"lm_head": rank})
+    assert isinstance(model.transformer.wte, FactoredEmbedding)
+    assert model.transformer.wte.pair is model.lm_head, "one pair in both places"
+    torch.testing.assert_close(model(tokens).logits, reference(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert count_parameters(model) == count_parameters(reference) - 60 * 48 + ranks[-1] * (60 + 48)
+    model(tokens).logits.sum().backward()
+    assert model.lm_head.first.weight.grad.abs().sum() > 0
+
+
+def test_a_member_with_a_factored_embedding_writes_the_same_text_after_loading():
+    member = lower_ranks(factor_tied_embedding(plain_linears(tiny_gpt2()), 30), {"transformer.h.0.mlp.c_fc": 9})
+    fresh = lower_ranks(factor_tied_embedding(plain_linears(tiny_gpt2()), 30), {"transformer.h.0.mlp.c_fc": 9})
+    with torch.no_grad():
+        for weight in fresh.parameters():
+            weight.add_(1.0)
+    fresh.load_state_dict(member.state_dict())
+    tokens = torch.randint(0, 60, (1, 4))
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(tokens), "pad_token_id": 0}
+    assert torch.equal(fresh.generate(tokens, **options), member.generate(tokens, **options))
+
+
+def test_gpt2_at_four_with_its_embedding():
+    with torch.device("meta"):
+        model = plain_linears(GPT2LMHeadModel(GPT2Config()))
+    first, second = family_ranks(model, [2, 4], in_layers)
+    factor_tied_embedding(lower_ranks(model, first), 378)
+    assert count_parameters(model) / 1e6 == pytest.approx(62.64, abs=0.006)
+    lower_ranks(model, {**second, "lm_head": 189})
+    assert count_parameters(model) / 1e6 == pytest.approx(31.73, abs=0.006)
+
+
+def test_an_embedding_of_its_own_is_not_factored():
+    with pytest.raises(ValueError, match="no embedding that shares its weight"):
+        factor_tied_embedding(llama(), 8)
+    model = tiny_gpt2()
+    with pytest.raises(ValueError, match="rank=49"):
+        factor_tied_embedding(model, 49)
+    assert isinstance(model.transformer.wte, nn.Embedding)
+
+
+def test_a_pair_of_convolutions_is_refused():
+    """It would come back as linear layers."""
+    model = decompose_model(nn.Sequential(nn.Conv2d(8, 8, 1)), {"0": 4})
+    with pytest.raises(ValueError, match="no pair of linear layers"):
+        lower_ranks(model, {"0": 2})
+    assert isinstance(model[0].first, nn.Conv2d)

@@ -13,27 +13,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from leantrain.data.checks import duplicates, overlap
     from leantrain.data.errors import CorruptData, DataError, MissingData
+    from leantrain.data.frame_folders import ucf101
     from leantrain.data.image_sets import ImageData, images
     from leantrain.data.sentence_sets import SentenceBatch, SentenceData, sentences
     from leantrain.data.text_sets import table, text
     from leantrain.data.token_sets import TokenData, own_tokens, tokens
+    from leantrain.data.video_sets import MovingDigits, VideoData, moving_digits
 
 __all__ = [
     "CorruptData",
     "DataError",
     "ImageData",
     "MissingData",
+    "MovingDigits",
     "SentenceBatch",
     "SentenceData",
     "TokenData",
+    "VideoData",
     "duplicates",
     "images",
+    "moving_digits",
     "overlap",
     "own_tokens",
     "sentences",
     "table",
     "text",
     "tokens",
+    "ucf101",
 ]
 
 _HOME = {
@@ -41,17 +47,21 @@ _HOME = {
     "DataError": "errors",
     "ImageData": "image_sets",
     "MissingData": "errors",
+    "MovingDigits": "video_sets",
     "SentenceBatch": "sentence_sets",
     "SentenceData": "sentence_sets",
     "TokenData": "token_sets",
+    "VideoData": "video_sets",
     "duplicates": "checks",
     "images": "image_sets",
+    "moving_digits": "video_sets",
     "overlap": "checks",
     "own_tokens": "token_sets",
     "sentences": "sentence_sets",
     "table": "text_sets",
     "text": "text_sets",
     "tokens": "token_sets",
+    "ucf101": "frame_folders",
 }
 
 

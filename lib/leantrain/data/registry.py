@@ -261,6 +261,21 @@ _ALL = (
         folders=("imagenet/train", "imagenet/val"),
     ),
     DataSet(
+        name="ucf101",
+        title="UCF-101",
+        kind="manual",
+        home="https://www.crcv.ucf.edu/data/UCF101.php",
+        terms=(
+            "The authors state no licence; the clips come from YouTube and belong to who made them. "
+            "For research and teaching."
+        ),
+        citation=(
+            "K. Soomro, A. R. Zamir, M. Shah, UCF101: A Dataset of 101 Human Actions Classes From Videos in The Wild, "
+            "CRCV-TR-12-01, 2012 (arXiv:1212.0402)."
+        ),
+        folders=("ucf101/frames",),
+    ),
+    DataSet(
         name="wikitext-2",
         title="WikiText-2",
         kind="download",

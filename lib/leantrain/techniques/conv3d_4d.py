@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torchvision.models import inception_v3
 
 __all__ = [
+    "ClipNet",
     "Combine",
     "Conv4D",
     "EcoLite",
@@ -42,6 +43,7 @@ __all__ = [
     "SpaceThenTime",
     "SpaceWithTime",
     "VideoNet",
+    "channels_last",
     "to_clips",
     "to_frames",
     "to_pixels",
@@ -186,15 +188,20 @@ class _Shortcut4D(nn.Module):
 
 
 class _Conv3d(nn.Conv3d):
-    """A 3D convolution that is called like the blocks of this module."""
+    """A 3D convolution that is called like the blocks of this module, and gives channels-last clips for such clips."""
 
     def forward(self, x: Tensor, frames: int = 0) -> Tensor:
-        return super().forward(x)
+        y = super().forward(x)
+        # With one thread and a small batch, PyTorch takes another routine where the kernel has one pixel; it answers in
+        # the default layout, and all that follows would be converted back and forth.
+        if x.is_contiguous(memory_format=torch.channels_last_3d):
+            return y.contiguous(memory_format=torch.channels_last_3d)
+        return y
 
 
-def _conv(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> nn.Conv3d:
+def _conv(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> _Conv3d:
     padding = tuple(k // 2 for k in kernel)
-    return nn.Conv3d(inputs, outputs, kernel, stride, cast(tuple[int, int, int], padding), bias=False)
+    return _Conv3d(inputs, outputs, kernel, stride, cast(tuple[int, int, int], padding), bias=False)
 
 
 def _along(axis: int, value: int) -> tuple[int, int, int]:
@@ -381,19 +388,74 @@ class FrameNet(nn.Sequential):
 
 
 class EcoLite(nn.Module):
-    """The network that the paper measures: `FrameNet` on every frame, then a `VideoNet`.
+    """The network that the paper measures, `FrameNet` on each frame and then a `VideoNet`, or a small one like it.
 
     Args:
         kind: How clips are convolved.
         num_classes: Logits; 101 for UCF-101.
         sampling: See `Conv4D`.
+        frame_net: What is applied to every frame, (N, C, H, W) to (N, channels, X, Y); by default `FrameNet`.
+        channels: Channels that it gives.
+        widths: See `VideoNet`.
+        blocks: See `VideoNet`.
+
+    Raises:
+        ValueError: As `VideoNet`.
     """
 
-    def __init__(self, kind: Kind, *, num_classes: int = 101, sampling: Sampling = "flat") -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        *,
+        num_classes: int = 101,
+        sampling: Sampling = "flat",
+        frame_net: nn.Module | None = None,
+        channels: int = 96,
+        widths: tuple[int, ...] = (128, 256, 512),
+        blocks: int = 2,
+    ) -> None:
         super().__init__()
-        self.frame_net = FrameNet()
-        self.video_net = VideoNet(kind, in_channels=96, num_classes=num_classes, sampling=sampling)
+        self.frame_net = FrameNet() if frame_net is None else frame_net
+        self.video_net = VideoNet(
+            kind, in_channels=channels, num_classes=num_classes, widths=widths, blocks=blocks, sampling=sampling
+        )
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        """Logits (B, num_classes) of frames (BT, 3, 243, 243), T to a clip."""
+        """Logits (B, num_classes) of frames (BT, C, H, W), T to a clip; for `FrameNet` they are (BT, 3, 243, 243)."""
         return self.video_net(self.frame_net(x), frames)
+
+
+class ClipNet(nn.Module):
+    """A network of this module that is given clips, as a data set has them.
+
+    Args:
+        net: Called with frames and their number in a clip, such as an `EcoLite` or a `VideoNet`.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = channels_last(net)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Logits (B, num_classes) of clips (B, T, C, H, W): all frames as one batch of channels-last images."""
+        # `to`, not `contiguous`, which leaves the strides of images with one channel as they are.
+        return self.net(clips.flatten(0, 1).to(memory_format=torch.channels_last), clips.shape[1])
+
+
+def channels_last(net: nn.Module) -> nn.Module:
+    """Put the channels of all kernels, in 2D and in 3D, side by side in memory: for both the faster layout.
+
+    Frames that are channels-last give clips that are, through `to_clips`: a 3D network needs no more than this.
+
+    Args:
+        net: Any module; changed in place.
+
+    Returns:
+        The same module.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim in formats:
+                parameter.data = parameter.data.to(memory_format=formats[parameter.ndim])
+    return net
