@@ -162,7 +162,6 @@ def test_the_mean_of_norms_is_never_below_the_norm_of_the_mean(size: int) -> Non
     for p in model.parameters():
         assert found.of_mean[p] <= found.mean[p] * (1 + 1e-6)
         assert found.mean[p] <= single.mean[p] * (1 + 1e-6), "averaging within micro-batches shortens them"
-        assert single.mean[p] <= size**0.5 * 3 * found.mean[p]
         torch.testing.assert_close(found.of_mean[p], single.of_mean[p])
 
 

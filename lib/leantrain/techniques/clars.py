@@ -20,7 +20,7 @@ With the batch gradient :math:`g_k`, weight decay :math:`\lambda` and momentum :
 The form is that of the authors' released code, which estimates :math:`a_k` from micro-batches :math:`b_j` of eight
 samples; the cap of 0.1 is from there too. :class:`LARS` is the same without the second factor and the cap.
 
-The variance factor :func:`GradientNorms.variance_factor`, the mean squared norm over the squared norm of the mean, is
+The variance factor :meth:`GradientNorms.variance_factor`, the mean squared norm over the squared norm of the mean, is
 what both rates are about: over the same samples :math:`\lVert g_k\rVert \le a_k`, and the quotient is about
 :math:`M_k^{-1/2}`.
 """
@@ -97,8 +97,8 @@ def micro_batch_norms(
     Args:
         model: Maps inputs to what `loss` takes.
         batches: Inputs and targets; at least one pair. A micro-batch of one sample gives the paper's quantity where
-            the model knows no batch; larger ones average some of the noise away, so that a_k falls by up to the root
-            of their size.
+            the model knows no batch; larger ones average some of the noise away: a_k falls by the root of their size
+            if the gradients are independent noise, by nothing if they agree.
         loss: Mean loss of a micro-batch from the model's output and the targets.
 
     Raises:
