@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import replace
 
 import lightning as L
@@ -29,7 +30,7 @@ from leantrain.techniques.hardware_aware_resnet9 import (
     sam_gradient,
     sharpness,
 )
-from leantrain.training import AirbenchNet, ResNet9
+from leantrain.training import AirbenchNet, ResNet9, frozen_statistics
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 IMPROVED = Recipe(whitening=True, celu=0.3, label_smoothing=0.2, weight_decay=5e-4)
@@ -319,6 +320,15 @@ def test_ghosts_are_normalised_apart_and_recorded_together() -> None:
     assert torch.equal(ghost.eval()(x), plain(x))
 
 
+def test_ghosts_record_nothing_while_statistics_are_frozen() -> None:
+    x, ghost = torch.randn(6, 3, 4, 4), GhostBatchNorm2d(3, 2)
+    with frozen_statistics(ghost):
+        y = ghost(x)
+    assert ghost.num_batches_tracked == 0
+    assert torch.equal(ghost.running_mean, torch.zeros(3))
+    assert torch.equal(y, ghost(x))
+
+
 def test_ghosts_fix_the_scale_and_leave_the_known_number_of_parameters() -> None:
     with torch.device("meta"):
         net = replace(IMPROVED, ghosts=16).network(64)
@@ -527,9 +537,43 @@ def test_training_stops_within_a_batch_of_the_limit_and_keeps_the_last_state() -
     assert trainer.global_step == 10, "an eleventh second would not have fitted"
     assert 9.5 <= budget.elapsed <= 10.5
     assert torch.equal(weights(module), module.states[-1])
-    assert trainer.callback_metrics["val_accuracy"] >= 0, "the last state was validated"
+    unseen = images("digits", batch_size=16, train_size=64, val_size=40).val_dataloader()
+    shown = trainer.callback_metrics["val_accuracy"].item()
+    assert shown == pytest.approx(module.accuracy(unseen)), "the last state was validated"
     expected = [0.25 * rate_factor(t / 10.5, floor=0.0, hold=0.0) for t in range(10)]
     assert module.rates == pytest.approx(expected), "the rate follows the clock"
+
+
+def test_the_real_clock_is_obeyed_to_a_batch() -> None:
+    durations = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, *_) -> None:
+            self.since = time.perf_counter()
+
+        def on_train_batch_end(self, *_) -> None:
+            durations.append(time.perf_counter() - self.since)
+
+    budget = TimeBudget(1.5)
+    began = time.perf_counter()
+    trainer = train(classifier(Recipe(), budget=budget), epochs=None, batches=60, callbacks=[Watch()])
+    assert budget.elapsed <= time.perf_counter() - began
+    assert trainer.global_step == len(durations) > 3
+    # What lies between batches (loading, hooks) is granted a tenth of a second and as much as the batches themselves.
+    slack = 0.1 + 2 * max(durations)
+    assert 1.5 - slack <= budget.elapsed <= 1.5 + slack
+
+
+def test_a_validation_after_the_run_leaves_its_time_alone() -> None:
+    clock = Clock()
+    torch.manual_seed(0)
+    module = Slow(clock, Recipe().network(4, in_chans=1), Recipe(), budget=TimeBudget(10.5, clock=clock))
+    trainer = train(module, epochs=1, batches=4)
+    assert module.budget.elapsed == 4
+    unseen = images("digits", batch_size=16, train_size=64, val_size=40)
+    trainer.validate(module, datamodule=unseen, verbose=False)
+    clock.now += 1000
+    assert module.budget.elapsed == 4
 
 
 def test_epochs_end_a_run_before_its_budget() -> None:

@@ -134,23 +134,23 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         if batch % self.splits:
             raise ValueError(f"a batch of {batch} cannot be split into {self.splits} equal parts")
         parts = x.reshape(batch // self.splits, self.splits * channels, *sides)
-        recorded = []
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            recorded = [self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)]
+        buffers = [cast(Tensor, buffer) for buffer in (self.running_mean, self.running_var)]
+        means, variances = (buffer.repeat(self.splits) for buffer in buffers)
         y = F.batch_norm(
             parts,
-            *(recorded or (None, None)),
+            means if self.track_running_stats else None,
+            variances if self.track_running_stats else None,
             self.weight.repeat(self.splits),
             self.bias.repeat(self.splits),
             training=True,
-            momentum=0.1 if self.momentum is None else self.momentum,
+            momentum=cast(float, self.momentum),
             eps=self.eps,
         )
-        if recorded:
+        if self.track_running_stats:
             with torch.no_grad():
-                for buffer, of_parts in zip((self.running_mean, self.running_var), recorded, strict=True):
-                    buffer.copy_(of_parts.view(self.splits, channels).mean(0))  # type: ignore[union-attr]
-                self.num_batches_tracked += 1  # type: ignore[operator]
+                for buffer, of_parts in zip(buffers, (means, variances), strict=True):
+                    buffer.copy_(of_parts.view(self.splits, channels).mean(0))
+                cast(Tensor, self.num_batches_tracked).add_(1)
         return y.reshape(x.shape)
 
 
@@ -332,7 +332,7 @@ class TimeBudget(L.Callback):
 
     Args:
         seconds: The limit, positive.
-        clock: Returns seconds; for tests.
+        clock: Returns seconds; another one than the computer's is for tests.
 
     Attributes:
         seconds: The limit.
@@ -348,6 +348,7 @@ class TimeBudget(L.Callback):
         self._clock = clock
         self._spent = 0.0
         self._since: float | None = None
+        self._fitting = False
         self._batch_began = self._longest = 0.0
 
     @property
@@ -361,17 +362,19 @@ class TimeBudget(L.Callback):
         return min(self.elapsed / self.seconds, 1.0)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Start the clock."""
-        self._spent, self._since = 0.0, self._clock()
-        self._batch_began = self._longest = 0.0
+        """Start the clock, if this is a fit."""
+        if stage == "fit":
+            self._spent, self._since, self._fitting = 0.0, self._clock(), True
+            self._batch_began = self._longest = 0.0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
         self._spent, self._since = self.elapsed, None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let the clock run on."""
-        self._since = self._clock()
+        """Let the clock run on, if the validation was part of a fit."""
+        if self._fitting:
+            self._since = self._clock()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The first batch begins."""
@@ -387,7 +390,7 @@ class TimeBudget(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock for good."""
-        self._spent, self._since = self.elapsed, None
+        self._spent, self._since, self._fitting = self.elapsed, None, False
 
 
 @dataclass(frozen=True)
