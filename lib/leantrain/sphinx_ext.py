@@ -353,7 +353,7 @@ class ResultRole(_ClaimRole):
         claim, name = found
         published = _book(self.env).row(claim).published
         measured = published.record.measurements.get(claim.id, {}) if published else {}
-        text = _value(measured[name], claim.unit) if name in measured else "not measured here"
+        text = _value(measured[name], claim.unit_of(name)) if name in measured else "not measured here"
         return [nodes.inline("", text, classes=["lt-value"])], []
 
 
