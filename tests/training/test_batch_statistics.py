@@ -23,6 +23,15 @@ def test_outputs_are_those_of_training_and_buffers_stay():
     assert net[1].num_batches_tracked == 1, "the pass after the block is recorded again"
 
 
+def test_evaluation_uses_the_running_statistics_as_ever():
+    net, x = model(), torch.randn(5, 3, 8, 8)
+    net(x)
+    net.eval()
+    expected = net(x)
+    with frozen_statistics(net):
+        assert torch.equal(net(x), expected)
+
+
 def test_layers_come_back_also_after_an_error():
     net = model()
     with pytest.raises(RuntimeError, match="inside"), frozen_statistics(net):

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from leantrain.training.airbench import AirbenchNet
     from leantrain.training.batch_statistics import frozen_statistics
     from leantrain.training.diverged import Diverged
     from leantrain.training.image_classifier import ImageClassifier
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from leantrain.training.weight_store import WeightStore
 
 __all__ = [
+    "AirbenchNet",
     "Diverged",
     "ImageClassifier",
     "LanguageModel",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AirbenchNet": "airbench",
     "Diverged": "diverged",
     "ImageClassifier": "image_classifier",
     "LanguageModel": "language_model",

@@ -15,8 +15,8 @@ __all__ = ["frozen_statistics"]
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """In the block, batch normalisation in training mode uses its batch but records nothing of it.
 
-    For passes that look at the model from the side: at displaced weights, or on a few samples. Modules in evaluation
-    mode must not be called in the block, because they would use the batch as well.
+    For passes that look at the model from the side: at displaced weights, or on a few samples. Layers in evaluation
+    mode use their running statistics as ever.
 
     Args:
         model: Holds the normalisation layers, `nn.BatchNorm1d` to `3d` and their subclasses.
