@@ -41,7 +41,10 @@ def test_the_table_of_contents_of_a_tiny_catalogue(house):
         "format": "jb-book",
         "root": "book/index",
         "parts": [
-            {"caption": "Start here", "chapters": [{"file": "book/how-to-read"}, {"file": "book/scoreboard"}]},
+            {
+                "caption": "Start here",
+                "chapters": [{"file": "book/how-to-read"}, {"file": "book/scoreboard"}, {"file": "book/costs"}],
+            },
             # The paper `other` has no notebook: it is planned and has no entry.
             {"caption": "First part", "chapters": [{"file": "book/parts/first"}, {"file": "book/chapters/toy"}]},
             {"caption": "Reference", "chapters": [{"file": "book/glossary"}, {"file": "book/bibliography"}]},

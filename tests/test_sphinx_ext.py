@@ -31,8 +31,8 @@ def small_book(executed):
     root = executed.root
     shutil.copy(PROJECT / "_config.yml", root)
     shutil.copytree(PROJECT / "book" / "_static", root / "book" / "_static")
-    for page in ("index", "how-to-read", "scoreboard", "bibliography"):
-        shutil.copy(PROJECT / "book" / f"{page}.md", root / "book")
+    for page in ("index.md", "how-to-read.md", "scoreboard.md", "costs.md", "networks.json", "bibliography.md"):
+        shutil.copy(PROJECT / "book" / page, root / "book")
     (root / "book" / "parts").mkdir()
     (root / "book" / "parts" / "first.md").write_text("# Opening\n\n```{paper-list}\n:part: first\n```\n")
     (root / "book" / "glossary.md").write_text("# Glossary\n\n```{glossary}\ntoken\n  A piece of the input.\n```\n")

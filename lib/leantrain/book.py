@@ -78,7 +78,7 @@ def table_of_contents(catalog: Catalog) -> dict[str, Any]:
         "format": "jb-book",
         "root": "book/index",
         "parts": [
-            group("Start here", ["how-to-read", "scoreboard"]),
+            group("Start here", ["how-to-read", "scoreboard", "costs"]),
             *parts,
             group("Reference", ["glossary", "bibliography"]),
         ],

@@ -6,12 +6,24 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["BUILD", "CATALOG", "CHAPTERS", "DATA", "LOCK", "NOTEBOOKS", "PROFILES", "ROOT", "write_atomically"]
+__all__ = [
+    "BUILD",
+    "CATALOG",
+    "CHAPTERS",
+    "DATA",
+    "LOCK",
+    "NETWORK_COSTS",
+    "NOTEBOOKS",
+    "PROFILES",
+    "ROOT",
+    "write_atomically",
+]
 
 #: The folder that holds the README; `LEANTRAIN_ROOT` moves it (the tests do).
 ROOT = Path(os.environ.get("LEANTRAIN_ROOT") or Path(__file__).resolve().parents[2])
 BUILD = ROOT / "_build"
 CATALOG = ROOT / "book" / "papers.yml"
+NETWORK_COSTS = ROOT / "book" / "networks.json"
 CHAPTERS = ROOT / "book" / "chapters"
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"

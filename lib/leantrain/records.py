@@ -58,6 +58,7 @@ PRESENTING = frozenset(
         "paths",
         "plotting",
         "records",
+        "replication",
         "runner",
         "scaffold",
         "sphinx_ext",

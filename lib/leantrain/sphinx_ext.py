@@ -1,7 +1,8 @@
 """The Sphinx extension that puts the catalogue and the records into the book's pages.
 
 Directives: `{scoreboard}` (every claim, its paper's value, what was found), `{tally}` (how many claims have
-which verdict), `{part-list}` (the parts of the book) and `{paper-list}` (the papers of one part).
+which verdict), `{part-list}` (the parts of the book), `{paper-list}` (the papers of one part) and
+`{replication-costs}` (what the `paper` profiles cost).
 
 Roles: ``{result}`claim-id` `` prints the published value of a claim with its interval, ``{verdict}`claim-id` ``
 its badge, so that no number is typed into prose; ``claim-id/name`` asks for a named quantity.
@@ -44,6 +45,7 @@ from leantrain.book import (
 from leantrain.catalog import Catalog, CatalogError, Claim, Decision, Paper, Part, Quantity, Verdict, load_catalog
 from leantrain.chapter import badge, format_quantity
 from leantrain.records import MIME, Record, published_records
+from leantrain.replication import Assumptions, Cost, replication_costs
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -234,6 +236,49 @@ def tally_html(rows: list[ScoreRow]) -> str:
     return f"<div class='lt-tally'><p>{text}</p><ul>{items}</ul></div>" if items else f"<p>{text}</p>"
 
 
+def _amount(x: float) -> str:
+    """A number to two digits or the nearest whole."""
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
+
+
+def _cost_cells(cost: Cost, five: Cost) -> str:
+    numbers = [cost.operations / 1e18, cost.hours, cost.energy, cost.memory / 2**30, five.hours]
+    return "".join(f"<td>{_amount(number)}</td>" for number in numbers)
+
+
+def replication_html(catalog: Catalog, costs: dict[str, tuple[Cost, Cost]], assumed: Assumptions) -> str:
+    """The assumptions, and a table with a row for each chapter and the sum."""
+    e = html.escape
+    facts = {
+        "Accelerator": f"{assumed.peak / 1e12:,.0f} × 10¹² operations a second in bfloat16, {assumed.watts:,.0f} W",
+        "Share of that reached": (
+            f"{assumed.convolutional:.0%} by convolutional networks, {assumed.transformer:.0%} by transformers"
+        ),
+        "Machine around it, and cooling": f"{assumed.overhead - 1:.0%} more power",
+    }
+    listed = "".join(f"<dt>{e(name)}</dt><dd>{e(fact)}</dd>" for name, fact in facts.items())
+    columns = ["Chapter", "Trains", "10¹⁸ operations", "GPU-hours", "kWh", "GiB of memory", "GPU-hours with five seeds"]
+    head = "".join(f"<th scope='col'>{column}</th>" for column in columns)
+    body = ""
+    for paper in catalog.papers:
+        if paper.slug in costs:
+            cost, five = costs[paper.slug]
+            name = f'<a href="doc:{_chapter(paper)}">{e(paper.short)}</a>'
+            body += (
+                f"<tr><th scope='row'>{name}</th><td>{e('; '.join(cost.networks))}</td>{_cost_cells(cost, five)}</tr>"
+            )
+    sums = [sum(getattr(pair[i], what) for pair in costs.values()) for i, what in
+            ((0, "operations"), (0, "hours"), (0, "energy"), (1, "hours"))]  # fmt: skip
+    total = [_amount(sums[0] / 1e18), _amount(sums[1]), _amount(sums[2]), "", _amount(sums[3])]
+    foot = "<tr><th scope='row'>All</th><td></td>" + "".join(f"<td>{cell}</td>" for cell in total) + "</tr>"
+    caption = "<caption>What each chapter's paper profile costs</caption>"
+    return (
+        f"<dl class='lt-assumptions'>{listed}</dl>"
+        f"<div class='lt-wide' tabindex='0' role='region' aria-label='Costs'><table class='lt-costs'>{caption}"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table></div>"
+    )
+
+
 # ---------------------------------------------------------------- directives and roles
 
 
@@ -280,6 +325,15 @@ def _link(env: BuildEnvironment, docname: str, text: nodes.Node) -> nodes.Node:
     )
     link["refdoc"] = env.docname
     return link
+
+
+class ReplicationCostsDirective(SphinxDirective):
+    """`{replication-costs}`: what the `paper` profiles cost, with the assumptions."""
+
+    def run(self) -> list[nodes.Node]:
+        catalog, assumed = _book(self.env).catalog, Assumptions()
+        self.env.note_dependency(str(paths.NETWORK_COSTS))
+        return [BookHtml(markup=replication_html(catalog, replication_costs(catalog, assumed), assumed))]
 
 
 class PartListDirective(SphinxDirective):
@@ -481,6 +535,7 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     )
     app.add_directive("scoreboard", ScoreboardDirective)
     app.add_directive("tally", TallyDirective)
+    app.add_directive("replication-costs", ReplicationCostsDirective)
     app.add_directive("part-list", PartListDirective)
     app.add_directive("paper-list", PaperListDirective)
     app.add_role("result", ResultRole())
