@@ -329,7 +329,7 @@ def strong_survivors(
                 survivors[attack] = (model(adversarial).argmax(1) == y) & (model(x).argmax(1) == y)
     finally:
         np.random.set_state(state)  # noqa: NPY002
-    return survivors
+    return survivors  # type: ignore[return-value]
 
 
 def adversarial_accuracy(
@@ -676,7 +676,7 @@ class AdversarialClassifier(L.LightningModule):
                 found["fgsm"] = adversarial_accuracy(self.model, x, y, one)
                 found["pgd"] = adversarial_accuracy(self.model, x, y, many)
         for name, value in found.items():
-            self._val[name].update(torch.full((len(y),), value, device=y.device))
+            self._val[name].update(torch.full((len(y),), value, device=y.device))  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
         """Log the three accuracies over all validation images."""
@@ -701,7 +701,7 @@ class AdversarialClassifier(L.LightningModule):
         factor = partial(stepped_factor, total=int(total), warmup=self.warmup, drops=self.drops)
         made: dict[str, Any] = {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, factor)}
         if self.generator is None:
-            return made
+            return made  # type: ignore[return-value]
         adversary = Adam(self.generator.parameters(), lr=self.generator_rate, weight_decay=5e-4)
         return made, {"optimizer": adversary}  # type: ignore[return-value]
 

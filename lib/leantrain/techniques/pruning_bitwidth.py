@@ -106,7 +106,7 @@ def prunable(model: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Param
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             names.add(name)
             if name not in skip and not any(module.weight is weight for weight in found.values()):
-                found[name] = module.weight
+                found[name] = module.weight  # type: ignore[assignment]
     if unknown := [name for name in skip if name not in names]:
         raise ValueError(f"skip names {unknown}; the layers are {', '.join(sorted(names))}")
     if not found:
@@ -827,7 +827,7 @@ class _SparseConv2d(nn.Module):
         super().__init__()
         settings = {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
         for name, value in settings.items():
-            if set(np.atleast_1d(value)) != {1}:
+            if set(np.atleast_1d(value)) != {1}:  # type: ignore[call-overload]
                 raise ValueError(
                     f"{name} is {value}; the direct path takes 1 only. A 1x1 convolution of a larger stride is one of "
                     "stride 1 on every so many pixels of its input"
@@ -893,7 +893,7 @@ def _as_csr(part: SparseRows) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
         # What `SparseRows` makes is sound; torch asks to be told.
-        return torch.sparse_csr_tensor(*arrays, size=(len(part.pointers) - 1, part.width), check_invariants=False)
+        return torch.sparse_csr_tensor(*arrays, size=(len(part.pointers) - 1, part.width), check_invariants=False)  # type: ignore[misc,arg-type]
 
 
 class ShiftedCSRConv2d(_SparseConv2d):
@@ -1124,7 +1124,7 @@ def time_convolution(
         packed = (x.to_mkldnn(), conv.weight.detach().to_mkldnn(), conv.bias)
         arms["dense, packed"] = partial(F.conv2d, *packed, conv.stride, conv.padding, conv.dilation, conv.groups)
     if "bf16" in reduced:
-        half = prune_randomly(conv, 0.0).to(torch.bfloat16, memory_format=torch.channels_last)
+        half = prune_randomly(conv, 0.0).to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
         arms["dense, bf16"] = partial(half, beside.to(torch.bfloat16))
     if "int8" in reduced:
         arms["dense, int8"] = int8_convolution(conv, x)
