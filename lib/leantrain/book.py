@@ -26,7 +26,7 @@ from typing import Any
 from leantrain import paths
 from leantrain.catalog import Catalog, Claim, Decision, Paper, Part, Quantity, Verdict, load_catalog
 from leantrain.parameters import ParameterError
-from leantrain.records import IncompleteRun, Record, freshness, read_record
+from leantrain.records import IncompleteRun, Record, freshness, published_records, read_record
 
 __all__ = [
     "BookError",
@@ -468,6 +468,8 @@ def build(output: Path | None = None, *, timeout: float = 1800) -> Path:
     """
     from filelock import FileLock, Timeout
 
+    from leantrain.picture import write_picture
+
     output = output or paths.ROOT
     catalog = load_catalog()
     if faults := chapter_faults(catalog):
@@ -481,6 +483,7 @@ def build(output: Path | None = None, *, timeout: float = 1800) -> Path:
     try:
         with FileLock(folder / ".book.lock", timeout=0):
             write_toc(catalog)
+            write_picture(scoreboard_rows(catalog, published_records(catalog), {}))
             _render(output, timeout)
     except Timeout:
         raise BookError("another build of the book is running") from None
