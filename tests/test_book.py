@@ -385,6 +385,66 @@ def test_a_renderer_that_hangs_is_stopped(executed, monkeypatch):
         book.build(timeout=2)
 
 
+# ---------------------------------------------------------------- PDF
+
+BROWSER = """#!{python}
+import pathlib, sys
+target = next(a.removeprefix("--print-to-pdf=") for a in sys.argv if a.startswith("--print-to-pdf="))
+page = pathlib.Path(sys.argv[-1].removeprefix("file://")).read_text()
+if "fail" in page:
+    sys.exit("no display")
+pathlib.Path(target).write_bytes(b"%PDF-1.4 " + page.encode())
+"""
+
+
+@pytest.fixture
+def printer(executed, monkeypatch, tmp_path):
+    """A browser that writes the page it is given, and a renderer that writes a page."""
+    program = tmp_path / "browser"
+    program.write_text(BROWSER.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("CHROMIUM", str(program))
+
+    def print_page(text):
+        def render(output, timeout, *options):
+            assert options[-1] == "singlehtml"
+            page = Path(output, "_build", "singlehtml", "book", "index.html")
+            page.parent.mkdir(parents=True)
+            page.write_text(text)
+
+        monkeypatch.setattr(book, "_render", render)
+        return book.build_pdf()
+
+    return print_page
+
+
+def test_the_pdf_has_links_within_and_to_the_web_but_none_to_files(printer, executed):
+    page = (
+        '<a class="x" href="book/index.html#id3">1</a> <a href="#id4">2</a> <a href="https://arxiv.org/abs/1">3</a> '
+        '<a class="y" href="book/scoreboard.csv">4</a> <link href="_static/custom.css" rel="stylesheet">'
+    )
+    written = printer(page)
+    assert written == executed.root / "_build" / "training-for-less.pdf"
+    assert written.read_text() == (
+        '%PDF-1.4 <a class="x" href="#id3">1</a> <a href="#id4">2</a> <a href="https://arxiv.org/abs/1">3</a> '
+        '<a class="y">4</a> <link href="_static/custom.css" rel="stylesheet">'
+    )
+    assert [path.name for path in written.parent.iterdir() if path.name.startswith(".pdf")] == []
+
+
+def test_an_older_pdf_stands_when_printing_fails(printer):
+    written = printer("first")
+    with pytest.raises(BookError, match=r"printed no PDF \(status 1\):\nno display"):
+        printer("fail")
+    assert written.read_text() == "%PDF-1.4 first"
+
+
+def test_without_a_browser_the_error_says_how_to_get_one(executed, monkeypatch):
+    monkeypatch.setenv("CHROMIUM", "no-such-browser")
+    with pytest.raises(BookError, match=r"no program named no-such-browser: install one .*CHROMIUM"):
+        book.build_pdf()
+
+
 def test_importing_the_book_module_pulls_in_no_numerical_library():
     code = "import sys, leantrain.book; print([m for m in ('torch', 'numpy', 'pandas', 'sphinx') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,6 +12,7 @@ from leantrain.replication import (
     Measured,
     Training,
     cost_of,
+    fgsm_passes,
     measure,
     measured_networks,
     paper_parameters,
@@ -69,6 +70,14 @@ def test_nine_variants_of_a_vision_transformer_by_hand():
     macs = measured_networks()["ViT-S/16"].macs
     assert cost.operations == pytest.approx(9 * 3 * 300 * 1_281_167 * macs * 2 * 3)
     assert five.operations == pytest.approx(cost.operations * 5 / 3)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(10, 20), (2, 1)])
+def test_passes_of_adversarial_training_are_those_of_its_chapter(steps, every):
+    from leantrain.techniques.fgsm_sdi import step_cost
+
+    found = fgsm_passes(steps, every)
+    assert found == pytest.approx({start: step_cost(start, steps=steps, every=every) for start in found})
 
 
 @pytest.mark.parametrize(

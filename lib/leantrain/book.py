@@ -2,7 +2,7 @@
 
 The table of contents and the scoreboard are made from the catalogue and from the records in the executed
 chapters; neither is written by hand. `build` refuses to render a book with a missing, incomplete or unclean
-chapter, and turns every Sphinx warning into an error.
+chapter, and turns every Sphinx warning into an error; `build_pdf` prints the same pages into one PDF.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ __all__ = [
     "Result",
     "ScoreRow",
     "build",
+    "build_pdf",
     "changes_since",
     "chapter_faults",
     "primary_quantity",
@@ -44,6 +47,11 @@ __all__ = [
     "write_scoreboard",
     "write_toc",
 ]
+
+#: Names under which systems install the browser that prints the PDF.
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+_LOCAL_LINK = re.compile(r'(<a\b[^>]*?) href="(?!https?:|mailto:|#)[^"]*"')
 
 #: Text output of one cell beyond which a page gets slow to load and nobody reads it.
 LONGEST_OUTPUT = 100_000
@@ -472,12 +480,7 @@ def build(output: Path | None = None, *, timeout: float = 1800) -> Path:
 
     output = output or paths.ROOT
     catalog = load_catalog()
-    if faults := chapter_faults(catalog):
-        slugs = " ".join(dict.fromkeys(fault.partition(" ")[0] for fault in faults))
-        lines = "\n".join(f"  {fault}" for fault in faults)
-        raise BookError(
-            f"these chapters cannot be shown:\n{lines}\nMake them with: leantrain run --profile book {slugs}"
-        )
+    _refuse_faults(catalog)
     folder = output / "_build"
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -493,14 +496,79 @@ def build(output: Path | None = None, *, timeout: float = 1800) -> Path:
     return index
 
 
-def _render(output: Path, timeout: float) -> None:
+def _refuse_faults(catalog: Catalog) -> None:
+    if faults := chapter_faults(catalog):
+        slugs = " ".join(dict.fromkeys(fault.partition(" ")[0] for fault in faults))
+        lines = "\n".join(f"  {fault}" for fault in faults)
+        raise BookError(
+            f"these chapters cannot be shown:\n{lines}\nMake them with: leantrain run --profile book {slugs}"
+        )
+
+
+def _browser() -> str:
+    """Chromium's program: that of the variable `CHROMIUM`, or the first of its usual names on the path."""
+    names = [os.environ["CHROMIUM"]] if os.environ.get("CHROMIUM") else _BROWSERS
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise BookError(
+        f"a PDF is printed by Chromium or Chrome, and there is no program named {' or '.join(names)}: install one "
+        "(on Debian: apt install chromium), or set CHROMIUM to the path of its program"
+    )
+
+
+def build_pdf(output: Path | None = None, *, timeout: float = 1800) -> Path:
+    """Render the whole book as one page and print it with Chromium.
+
+    Args:
+        output: The folder that gets `_build/training-for-less.pdf`; by default the project's root.
+        timeout: Seconds after which the renderer, and then the browser, is stopped.
+
+    Returns:
+        The PDF. An older one stands until the new one is complete.
+
+    Raises:
+        BookError: As `build`; or if there is no Chromium, or it prints nothing.
+    """
+    browser = _browser()
+    folder = (output or paths.ROOT) / "_build"
+    catalog = load_catalog()
+    _refuse_faults(catalog)
+    write_toc(catalog)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".pdf-") as scratch:
+        place = Path(scratch)
+        _render(place, timeout, "--builder", "custom", "--custom-builder", "singlehtml")
+        pages, printed = place / "_build" / "singlehtml", place / "book.pdf"
+        # Sphinx writes the one page below book/, with addresses that are right one level higher. Links to the page
+        # itself must name no file, and other files are not there for the PDF's reader.
+        text = (pages / "book" / "index.html").read_text(encoding="utf-8").replace('href="book/index.html#', 'href="#')
+        page = pages / "all.html"
+        page.write_text(_LOCAL_LINK.sub(r"\1", text), encoding="utf-8")
+        options = ["--headless", "--disable-gpu", "--no-pdf-header-footer", f"--user-data-dir={place / 'profile'}"]
+        if os.geteuid() == 0:
+            options.append("--no-sandbox")  # Chromium refuses to start as root with one
+        # The time is the page's own clock: it gives MathJax as long as it needs.
+        options += ["--virtual-time-budget=120000", f"--print-to-pdf={printed}", page.as_uri()]
+        try:
+            done = subprocess.run(
+                [browser, *options], capture_output=True, text=True, errors="replace", timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise BookError(f"printing took longer than {timeout:.0f} s and was stopped") from None
+        if done.returncode or not printed.is_file() or not printed.read_bytes().startswith(b"%PDF"):
+            raise BookError(f"{browser} printed no PDF (status {done.returncode}):\n{done.stderr.strip()[-2000:]}")
+        return printed.replace(folder / "training-for-less.pdf")
+
+
+def _render(output: Path, timeout: float, *options: str) -> None:
     """Run jupyter-book; its output is shown only when it fails."""
     start = "from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", start, "build", str(paths.ROOT), "--path-output", str(output)]
     environment = {**os.environ, "LEANTRAIN_ROOT": str(paths.ROOT), "NO_COLOR": "1"}
     try:
         done = subprocess.run(
-            [*command, "--warningiserror", "--nitpick", "--keep-going"],
+            [*command, "--warningiserror", "--nitpick", "--keep-going", *options],
             capture_output=True,
             text=True,
             encoding="utf-8",

@@ -312,12 +312,13 @@ def new(slug: str) -> None:
 
 
 @main.command()
-def book() -> None:
+@click.option("--pdf", is_flag=True, help="Print the whole book into one PDF; needs Chromium or Chrome.")
+def book(pdf: bool) -> None:
     """Render the book from the complete chapters; fails on a missing or incomplete one."""
     from leantrain import book as rendering
 
     try:
-        page = rendering.build()
+        page = rendering.build_pdf() if pdf else rendering.build()
     except rendering.BookError as error:
         raise _Failure(str(error)) from None
     click.echo(f"The book is at {page.relative_to(paths.ROOT)}")
