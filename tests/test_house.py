@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -139,6 +142,51 @@ def test_commands_in_the_pages_exist(page):
             arguments = [w if w != "SLUG" else "gqkva" for w in words[2:]]
             # A mention such as `leantrain show` lacks its argument; unknown options and commands still fail.
             main.commands[words[1]].make_context(words[1], arguments, resilient_parsing=len(words) == 2)
+
+
+#: Commands of the README that no test runs, and why.
+NOT_RUN = {
+    "make book": "the tests of the book render it; every chapter's quick run is a test of its notebook",
+    "make test": "runs these tests",
+    "leantrain data fetch cifar10": "needs a network; the tests of the store download from a local server",
+    "leantrain run gqkva adan --profile book": "takes half an hour; the published chapters are its results",
+}
+
+
+def commands_of_the_readme():
+    lines = "".join(blocks(paths.ROOT / "README.md", "sh")).splitlines()
+    return [" ".join(shlex.split(line, comments=True)) for line in lines]
+
+
+def test_every_reason_to_run_no_test_belongs_to_a_command():
+    assert set(NOT_RUN) <= set(commands_of_the_readme())
+
+
+@pytest.fixture(scope="module")
+def copy_of_the_project(tmp_path_factory):
+    """What the commands read; what they write stays in the copy."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("book", "notebooks", "data"):
+        shutil.copytree(paths.ROOT / name, root / name, ignore=shutil.ignore_patterns("chapters", ".ipynb_checkpoints"))
+    for name in ("requirements.lock", "_config.yml", "pyproject.toml"):
+        shutil.copy(paths.ROOT / name, root)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands_of_the_readme() if c not in NOT_RUN])
+def test_the_readmes_commands_run(command, copy_of_the_project):
+    program, *words = shlex.split(command)
+    assert program == "leantrain"
+    environment = {**os.environ, "LEANTRAIN_ROOT": str(copy_of_the_project), "PYTHONPATH": str(LIBRARY.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "leantrain.cli", *words],
+        cwd=copy_of_the_project, env=environment, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    if words[0] == "run":
+        assert f"{words[1]}: done" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
