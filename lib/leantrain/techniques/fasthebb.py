@@ -379,8 +379,7 @@ class HebbianConv2d(nn.Module):
     def _lengths(self, x: Tensor) -> Tensor:
         """The length of each patch, ``(B, 1, H', W')``."""
         squares = x.square().sum(dim=1, keepdim=True)
-        size = self.weight.shape[-1]
-        return F.avg_pool2d(squares, size, self.stride, self.padding, divisor_override=1).clamp_min(0).sqrt()
+        return F.conv2d(squares, torch.ones_like(self.weight[:1, :1]), stride=self.stride, padding=self.padding).sqrt()
 
     def _check(self, x: Tensor) -> None:
         channels, size = self.weight.shape[1], self.weight.shape[-1]
