@@ -31,6 +31,7 @@ The functions `patch_by_patch`, `grouped`, `merged` and `unfold_free` compute th
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -491,6 +492,12 @@ class Whitening(nn.Module):
         super().__init__()
         self.register_buffer("filters", filters)
         self.register_buffer("mean", mean)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the filters and the mean: networks with the same one see the same images."""
+        content = torch.cat([self.filters.flatten(), self.mean]).cpu().contiguous()
+        return hashlib.sha256(content.view(torch.uint8).numpy().tobytes()).hexdigest()
 
     @classmethod
     def fit(cls, images: Tensor, kernel: int = 5, eps: float = 1e-2) -> Whitening:

@@ -148,8 +148,9 @@ class OREPA(nn.Module):
         padding: K // 2; None takes it.
         groups: g; as in the authors' code the inner width of the branch 1x1-KxK is I up to four groups, else 2I.
         scaling: Whether the branches end in learnt scalings. Without, they are added as they are.
-        fused: Whether the kernel's gradients are computed by a function of our own, which saves nothing but the
-            weights, or by autograd, which saves every branch's kernel.
+        fused: Whether the kernel's gradients are computed by a function of our own, which keeps nothing but the
+            weights, or by autograd, which keeps the branches' kernels. The squeezed kernel itself is kept by the
+            convolution in both cases.
         norm: Whether a batch normalisation follows.
         branches: Which branches there are; all by default.
         init_scale: Factor on the first weights of every branch; 1 is the released code's. Short runs need less, because
@@ -762,11 +763,13 @@ def make_block(kind: Kind, conv: nn.Conv2d, *, init_scale: float = 1.0, deep_ste
     return build[kind]()
 
 
-_PAIRS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"))
+_PAIRS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
 
 def convert(model: nn.Module, kind: Kind, *, init_scale: float = 1.0, deep_stem: bool = False) -> nn.Module:
     """Put blocks of a kind in the place of every convolution and norm of a ResNet of timm or torchvision.
+
+    As in the authors' code, the 1x1 convolutions of shortcuts are replaced beside bottlenecks only.
 
     Args:
         model: Changed in place, and returned.
@@ -774,10 +777,10 @@ def convert(model: nn.Module, kind: Kind, *, init_scale: float = 1.0, deep_stem:
         init_scale: See `OREPA`.
         deep_stem: See `make_block`.
     """
-    for parent in list(model.modules()):
-        if isinstance(parent, _Folding):
-            continue
-        for conv_name, norm_name in _PAIRS:
+    places = [(parent, *pair) for parent in model.modules() for pair in _PAIRS]
+    places += [(m.downsample, "0", "1") for m in model.modules() if hasattr(m, "conv3") and hasattr(m, "downsample")]
+    for parent, conv_name, norm_name in places:
+        if not isinstance(parent, _Folding):
             conv, norm = (getattr(parent, name, None) for name in (conv_name, norm_name))
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 block = make_block(kind, conv, init_scale=init_scale, deep_stem=deep_stem)
@@ -845,7 +848,7 @@ def narrow_resnet18(
         num_classes: Logits.
         width: Channels of the first stage, an even number; every further stage doubles them.
         stem_stride: Stride of the stem; the further stages halve the map.
-        blocks: Blocks in each of the four stages; a stage without blocks is left out.
+        blocks: Blocks in each of the four stages; the last stages may have none.
 
     Returns:
         timm's model, for images ``(B, in_chans, H, W)``.
@@ -853,15 +856,18 @@ def narrow_resnet18(
     Raises:
         ValueError: If a number is out of range.
     """
-    if min(in_chans, num_classes, stem_stride) < 1 or width < 2 or width % 2 or len(blocks) != 4 or min(blocks) < 0:
+    empty = [count == 0 for count in blocks]
+    bad = width < 2 or width % 2 or len(empty) != 4 or empty != sorted(empty) or empty[0] or min(blocks) < 0
+    if bad or min(in_chans, num_classes, stem_stride) < 1:
         raise ValueError(
             f"in_chans={in_chans}, num_classes={num_classes}, width={width}, stem_stride={stem_stride}, blocks="
             f"{tuple(blocks)}: expected positive numbers, an even width and four stages"
         )
+    last = 4 - sum(empty)
     model = ResNet(
         BasicBlock,  # type: ignore[arg-type]  # timm means the class and says an instance
         layers=tuple(blocks),
-        channels=(width, 2 * width, 4 * width, 8 * width),
+        channels=tuple(width * 2 ** min(stage, last - 1) for stage in range(4)),  # an empty stage changes nothing
         in_chans=in_chans,
         num_classes=num_classes,
         stem_type="deep",
