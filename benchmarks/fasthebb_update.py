@@ -9,6 +9,7 @@ their cost is linear in the patches. The memory is counted at full size, on the 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import pandas as pd
 import torch
@@ -33,10 +34,7 @@ def held(shape: LayerShape, principal: bool) -> dict[str, float]:
         }.items()
     }
     r = meta["a"] if principal else None
-    return {
-        form: peak_bytes(lambda form=form: FORMS[form](**meta, r=r)) / 2**20  # type: ignore[misc]
-        for form in ("grouped", "merged")
-    }
+    return {form: peak_bytes(lambda form=form: FORMS[form](**meta, r=r)) / 2**20 for form in ("grouped", "merged")}
 
 
 def main() -> None:
@@ -58,7 +56,7 @@ def main() -> None:
         few = min(arguments.patches, shape.patches)
         for rule, r in (("swta", None), ("hpca", y)):
             calls = {
-                form: lambda function=FORMS[form], n=n, r=r: function(x[:n], w, y[:n], None if r is None else r[:n])
+                form: partial(FORMS[form], x[:n], w, y[:n], None if r is None else r[:n])
                 for form, n in (("patch", few), ("grouped", few), ("merged", shape.patches))
             }
             timing = paired_timing(calls, arguments.repeats, warmup=1)

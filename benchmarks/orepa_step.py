@@ -52,7 +52,7 @@ def main() -> None:
         model = convert(get_model(arguments.network), kind).to(device)
         with torch.device("meta"):
             like, x = convert(get_model(arguments.network), kind), torch.empty(arguments.batch, 3, 224, 224)
-            kept = saved_activation_bytes(lambda like=like, x=x: like(x).sum())  # type: ignore[misc]
+            kept = saved_activation_bytes(lambda like=like, x=x: like(x).sum())
         rows.append({"kind": kind, "parameters (M)": count_parameters(model) / 1e6, "kept (MiB)": kept / 2**20})
         steps[kind] = step_of(model, arguments.batch, device)
     timing = paired_timing(steps, arguments.repeats, warmup=1)
@@ -60,7 +60,7 @@ def main() -> None:
     table["step (s)"] = [f"{timing.median(kind):.3f}" for kind in KINDS]
     table["over plain"] = [str(timing.ratio(kind, "plain")) for kind in KINDS]
     table["dbb over it"] = [str(timing.ratio("dbb", kind)) for kind in KINDS]
-    print(f"{arguments.network}, batch {arguments.batch}, {device}, {arguments.threads} threads, torch {torch.__version__}")
+    print(f"{arguments.network}, batch {arguments.batch}, {device}, {arguments.threads} threads, {torch.__version__}")
     print(table.to_string(index=False))
 
 

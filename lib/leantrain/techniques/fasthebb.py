@@ -647,9 +647,7 @@ class HebbianNet(nn.Module):
         self.whitening: nn.Module = nn.Identity() if whitening is None else whitening
         self.blocks, channels = nn.ModuleList(), in_shape[0]
         for place, stage in enumerate(stages):
-            layer = HebbianConv2d(
-                channels, stage.channels, stage.kernel, rule=rule, form=form, temperature=temperature
-            )
+            layer = HebbianConv2d(channels, stage.channels, stage.kernel, rule=rule, form=form, temperature=temperature)
             norm = RelativeNorm(stage.channels) if place else nn.BatchNorm2d(stage.channels, affine=False)
             pool = nn.MaxPool2d(stage.pool) if stage.pool > 1 else nn.Identity()
             self.blocks.append(nn.Sequential(layer, pool, norm))

@@ -127,7 +127,9 @@ def _check(inputs: int, outputs: int, kernel: int, stride: int, padding: int | N
     if kernel % 2 == 0:
         raise ValueError(f"kernel {kernel}: expected an odd size")
     if padding is not None and padding != kernel // 2:
-        raise ValueError(f"padding {padding}: expected {kernel // 2}, half the kernel, so that the branches fit together")
+        raise ValueError(
+            f"padding {padding}: expected {kernel // 2}, half the kernel, so that the branches fit together"
+        )
     return kernel // 2
 
 
@@ -149,8 +151,8 @@ class OREPA(nn.Module):
         groups: g; as in the authors' code the inner width of the branch 1x1-KxK is I up to four groups, else 2I.
         scaling: Whether the branches end in learnt scalings. Without, they are added as they are.
         fused: Whether the kernel's gradients are computed by a function of our own, which keeps nothing but the
-            weights, or by autograd, which keeps the branches' kernels. The squeezed kernel itself is kept by the
-            convolution in both cases.
+            weights, or by autograd, which keeps scaled copies of the larger ones. The squeezed kernel itself is kept
+            by the convolution in both cases.
         norm: Whether a batch normalisation follows.
         branches: Which branches there are; all by default.
         init_scale: Factor on the first weights of every branch; 1 is the released code's. Short runs need less, because
@@ -187,7 +189,8 @@ class OREPA(nn.Module):
         self.padding = _check(in_channels, out_channels, kernel_size, stride, padding, groups)
         if not branches or not set(branches) <= set(BRANCHES) or not init_scale > 0:
             raise ValueError(
-                f"branches {list(branches)}, init_scale {init_scale}: expected some of {', '.join(BRANCHES)}, and above 0"
+                f"branches {list(branches)}: expected some of {', '.join(BRANCHES)}; "
+                f"init_scale {init_scale}: expected above 0"
             )
         self.channels, self.size, self.stride, self.groups = (in_channels, out_channels), kernel_size, stride, groups
         self.fused = fused
@@ -227,17 +230,18 @@ class OREPA(nn.Module):
 
     def scaled_kernels(self) -> list[Tensor]:
         """The branches' kernels with their scalings, each ``(O, I/g, K, K)``."""
-        kernels = self.branch_kernels()
-        if self.scale is None:
-            return kernels
-        return [kernel * scale.view(-1, 1, 1, 1) for kernel, scale in zip(kernels, self.scale, strict=True)]
+        return self._kernels(_scalings(self.branches, self.scale))
 
     def branch_kernels(self) -> list[Tensor]:
         """The kernels W_j of the branches before their scalings, each ``(O, I/g, K, K)``."""
+        return self._kernels(_scalings(self.branches, None))
+
+    def _kernels(self, scales: dict[str, Tensor | float]) -> list[Tensor]:
         w, g, k = self.weights, self.groups, self.size
-        kernels = {}
+        kernels = []
         for branch in self.branches:
-            weight = w[_key(branch)]
+            # Scaled before they grow: most of a branch's last weights are smaller than its kernel.
+            weight = w[_key(branch)] * scales[branch]
             if branch == "average":
                 weight = weight.expand(-1, -1, k, k) / k**2
             elif branch == "prior":
@@ -251,8 +255,8 @@ class OREPA(nn.Module):
                 wide = w["depthwise"].view(g, self.channels[0] // g, _EXPANSION, k, k)
                 spread = weight.view(g, self.channels[1] // g, -1, _EXPANSION)
                 weight = torch.einsum("goie,giehw->goihw", spread, wide).flatten(0, 1)
-            kernels[branch] = weight
-        return list(kernels.values())
+            kernels.append(weight)
+        return kernels
 
     def on_maps(self, x: Tensor) -> list[Tensor]:
         """The branches as layers on feature maps, before scalings: what the squeezed kernel replaces.
@@ -412,9 +416,10 @@ def _backward(
 
 
 class OREPA1x1(nn.Module):
-    r"""The block in the place of a 1x1 convolution: :math:`W = \operatorname{diag}(\gamma_0) A + \operatorname{diag}(\gamma_1) B C`.
+    r"""The block in the place of a 1x1 convolution.
 
-    The factor on the smaller side starts as the identity.
+    :math:`W = \operatorname{diag}(\gamma_0) A + \operatorname{diag}(\gamma_1) B C`; of B and C, the factor on the
+    smaller side starts as the identity.
 
     Args:
         in_channels: I.
@@ -490,9 +495,7 @@ class DeepStem(nn.Module):
             raise ValueError(f"layers must be at least 1, got {layers}")
         self.stride, self.padding, self.groups = stride, layers, 1
         self.layers = nn.ModuleList(
-            OREPA(
-                out_channels if i else in_channels, out_channels, norm=False, init_scale=init_scale, fused=fused
-            )
+            OREPA(out_channels if i else in_channels, out_channels, norm=False, init_scale=init_scale, fused=fused)
             for i in range(layers)
         )
         self.bn = nn.BatchNorm2d(out_channels)
