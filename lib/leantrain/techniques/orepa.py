@@ -155,8 +155,8 @@ class OREPA(nn.Module):
             by the convolution in both cases.
         norm: Whether a batch normalisation follows.
         branches: Which branches there are; all by default.
-        init_scale: Factor on the first weights of every branch; 1 is the released code's. Short runs need less, because
-            the six add up to about ten times the variance of a plain convolution.
+        init_scale: Factor on the first weights of every branch; 1 is the released code's. The six add up to about
+            eleven times the variance that PyTorch gives a convolution, with which a norm makes for small steps.
         slope: Kaiming's a; the variant for RepVGG has 1.
 
     Attributes:
