@@ -20,6 +20,7 @@ from leantrain.techniques.fasthebb import (
     HebbianLinear,
     HebbianNet,
     HebbianPretraining,
+    Passes,
     RelativeNorm,
     Stage,
     Whitening,
@@ -324,6 +325,23 @@ def test_a_step_that_is_too_large_is_called_diverged():
     assert bool(frame["diverged"].iloc[-1])
 
 
+def test_passes_are_the_epochs_one_after_the_other():
+    data = images("digits", batch_size=20, train_size=40, val_size=50)
+    data.set_seed(3)
+    apart = []
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        apart += [y for _, y in data.train_dataloader()]
+    joined = Passes(images("digits", batch_size=20, train_size=40, val_size=50), 3)
+    joined.set_seed(3)
+    found = [y for _, y in joined.train_dataloader()]
+    assert len(joined.train_dataloader()) == len(found) == 6
+    assert all(torch.equal(a, b) for a, b in zip(apart, found, strict=True))
+    assert not torch.equal(torch.cat(found[:2]), torch.cat(found[2:4])), "every pass has its own order"
+    assert sum(len(y) for _, y in joined.val_dataloader()) == 50
+    assert joined.fingerprint not in (data.fingerprint, Passes(data, 4).fingerprint)
+
+
 def test_readout_of_separable_and_of_random_features():
     torch.manual_seed(0)
     y = torch.arange(200) % 4
@@ -376,6 +394,7 @@ def test_merging_saves_memory():
         (lambda: layer_shapes(SMALL, (3, 12, 12), 1), "too small"),
         (lambda: HebbianNet((), in_shape=(1, 8, 8), num_classes=2, rule="hpca"), "0 stages"),
         (lambda: RelativeNorm(0), "channels=0"),
+        (lambda: Passes(images("digits", train_size=20), 0), "passes"),
         (lambda: Whitening.fit(torch.zeros(1, 1, 4, 4), kernel=2), "kernel=2"),
         (
             lambda: HebbianPretraining(

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from leantrain.data.seeded import Loader, SeededData
 from leantrain.training import Diverged
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "HebbianNet",
     "HebbianPretraining",
     "LayerShape",
+    "Passes",
     "RelativeNorm",
     "Rule",
     "Stage",
@@ -739,6 +741,51 @@ class HebbianPretraining(L.LightningModule):
         """Plain SGD on the weights of the Hebbian layers."""
         layers = [m.weight for m in self.model.modules() if isinstance(m, HebbianConv2d)]
         return torch.optim.SGD(layers, lr=self.lr)
+
+
+class Passes(L.LightningDataModule):
+    """Several passes over a small set of images as one epoch, so that they are validated once.
+
+    Args:
+        data: Gives the images, in an order and with an augmentation of its own in each pass.
+        passes: How many, at least 1.
+
+    Raises:
+        ValueError: If there is no pass.
+    """
+
+    def __init__(self, data: SeededData, passes: int) -> None:
+        super().__init__()
+        if passes < 1:
+            raise ValueError(f"passes must be at least 1, got {passes}")
+        self.data, self.passes = data, passes
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the images and the number of passes."""
+        return hashlib.sha256(f"{self.data.fingerprint} {self.passes}".encode()).hexdigest()
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """Those of the images."""
+        return self.data.checksums
+
+    def set_seed(self, seed: int) -> None:
+        """Fix the order of the batches in all passes."""
+        self.data.set_seed(seed)
+
+    def train_dataloader(self) -> Loader:
+        """The batches of all passes."""
+        return Loader(self.passes * len(self.data.train_dataloader()), self._batches)
+
+    def val_dataloader(self) -> Loader:
+        """The validation batches, once."""
+        return self.data.val_dataloader()
+
+    def _batches(self) -> Iterator[Any]:
+        for number in range(self.passes):
+            self.data.set_epoch(number)
+            yield from self.data.train_dataloader()
 
 
 def readout(
