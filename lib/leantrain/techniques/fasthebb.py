@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -80,6 +80,11 @@ Form = Literal["patch", "grouped", "merged", "unfold-free"]
 #: Average over the batch: each neuron's patches in proportion to their gates, or all patches alike.
 Aggregation = Literal["gate", "mean"]
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
 _BLOCK = 128  # neurons; matrix products of this height run at full speed on processors and GPUs
 
 
@@ -390,9 +395,6 @@ class HebbianConv2d(nn.Module):
             raise ValueError(f"images of shape {tuple(x.shape)}: expected (B, {channels}, H, W) with B of at least 1")
         if min(x.shape[2:]) + 2 * self.padding < size:
             raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels are smaller than the kernel, {size}")
-
-
-_ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "identity": lambda x: x}
 
 
 class HebbianLinear(HebbianConv2d):

@@ -27,7 +27,7 @@ ResNet, `deploy` folds them into plain convolutions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any, Literal, cast, get_args
 
@@ -638,20 +638,23 @@ class DiverseBranch(nn.Module):
         k, outputs = self.size, self.origin.out_channels
         mean = torch.eye(outputs, dtype=self.inner.dtype, device=self.inner.device)[..., None, None] / k**2
         mean = mean.expand(-1, -1, k, k)
-        found = [(self.origin.weight, None), (F.pad(self.point.weight, [k // 2] * 4), None)]
-        for first, norm, second in (
+        found: list[tuple[Tensor, Tensor | None]] = [
+            (self.origin.weight, None),
+            (F.pad(self.point.weight, [k // 2] * 4), None),
+        ]
+        for first, inner, second in (
             (self.before_average.weight, self.average_norm.norm, mean),
             (self._inner(), self.inner_norm.norm, self.outer.weight),
         ):
-            kernel, bias = fold_norm(first, norm)
+            kernel, bias = fold_norm(first, inner)
             # Behind the padded norm the bias is a constant map: every tap of the second kernel sees it.
             found.append((compose_kernels(kernel, second), second.sum(dim=(2, 3)) @ bias))
         total, shift = [], []
-        for (kernel, bias), norm in zip(found, self.norms, strict=True):
-            folded, own = fold_norm(kernel, cast(nn.BatchNorm2d, norm))
-            gain = norm.weight / (cast(Tensor, norm.running_var) + cast(float, norm.eps)).sqrt()
+        for (kernel, before), norm in zip(found, cast(Iterable[nn.BatchNorm2d], self.norms), strict=True):
+            folded, own = fold_norm(kernel, norm)
+            gain = norm.weight / (cast(Tensor, norm.running_var) + norm.eps).sqrt()
             total.append(folded)
-            shift.append(own if bias is None else own + cast(Tensor, gain) * bias)
+            shift.append(own if before is None else own + gain * before)
         return _add(total), _add(shift)
 
 
@@ -780,8 +783,9 @@ def convert(model: nn.Module, kind: Kind, *, init_scale: float = 1.0, deep_stem:
         init_scale: See `OREPA`.
         deep_stem: See `make_block`.
     """
-    places = [(parent, *pair) for parent in model.modules() for pair in _PAIRS]
-    places += [(m.downsample, "0", "1") for m in model.modules() if hasattr(m, "conv3") and hasattr(m, "downsample")]
+    modules = list(model.modules())
+    places: list[tuple[Any, str, str]] = [(parent, *pair) for parent in modules for pair in _PAIRS]
+    places += [(m.downsample, "0", "1") for m in modules if hasattr(m, "conv3") and hasattr(m, "downsample")]
     for parent, conv_name, norm_name in places:
         if not isinstance(parent, _Folding):
             conv, norm = (getattr(parent, name, None) for name in (conv_name, norm_name))
