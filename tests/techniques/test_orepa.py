@@ -252,7 +252,7 @@ def test_every_block_folds_into_one_convolution(name, inputs, outputs, stride):
 
 
 def test_padding_inside_the_diverse_branch_block_is_what_zero_becomes():
-    """In training mode too: zeros before the inner norm and its answer to zero after it are the same border."""
+    """Zeros before the inner norm and its answer to zero behind it are the same border."""
     torch.manual_seed(0)
     block = stirred(DiverseBranch(3, 4)).eval().double()
     x = torch.randn(1, 3, 5, 5, dtype=F64)
