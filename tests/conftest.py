@@ -9,7 +9,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from leantrain import paths, records
+from leantrain import book, paths, records
 from leantrain.catalog import load_catalog
 
 PAPERS = """
@@ -207,3 +207,9 @@ def executed(house: House) -> House:
     records.finish(book)
     paths.write_atomically(house.chapter, json.dumps(book))
     return house
+
+
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the whole book's pages, rendered once for all tests that look at them."""
+    return book.build(tmp_path_factory.mktemp("rendered")).parent

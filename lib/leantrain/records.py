@@ -187,6 +187,7 @@ def _imports(source: str, package: str) -> Iterable[tuple[str, str | None]]:
 _IMPORTED_AS = {
     "IPython": "ipython",
     "PIL": "pillow",
+    "art": "adversarial-robustness-toolbox",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",

@@ -59,6 +59,9 @@ _LOG = logging.getLogger(__name__)
 #: One file with all that formulas need: no fonts, which browsers may refuse to load from a local folder.
 _MATHJAX = ("static", "mathjax", "tex-svg.js")
 
+_REFERENCE_ROLES = re.compile(r' role="doc-biblioentry"|(?<=<div) role="list"(?= class="citation-list")')
+_EMPTY_HEADER = re.compile(r"<th((?: [^>]*)?)>(?:\s|&nbsp;)*</th>")
+
 
 class _Book:
     """Catalogue and records, read once a build."""
@@ -350,7 +353,7 @@ class ResultRole(_ClaimRole):
         claim, name = found
         published = _book(self.env).row(claim).published
         measured = published.record.measurements.get(claim.id, {}) if published else {}
-        text = _value(measured[name], claim.unit) if name in measured else "not measured here"
+        text = _value(measured[name], claim.unit_of(name)) if name in measured else "not measured here"
         return [nodes.inline("", text, classes=["lt-value"])], []
 
 
@@ -380,18 +383,22 @@ def _live_pages(app: Sphinx, env: BuildEnvironment, added: set[str], changed: se
     return sorted(live & set(env.found_docs))
 
 
-def _leave_out_record(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Take the record out of a chapter's outputs as the page is read.
+def _prepare_chapter(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Change a chapter's outputs as the page is read; the file itself, which readers may download, stays as it is.
 
-    It is data for the scoreboard, and a type of output that MyST-NB cannot show and would warn of. The file itself,
-    which readers may download, keeps it.
+    The record is taken out: it is data for the scoreboard, and a type of output that MyST-NB cannot show and would
+    warn of. The empty header cells of pandas' tables become plain cells: a screen reader would announce a header that
+    says nothing.
     """
     if posixpath.dirname(docname) != "book/chapters":
         return
     notebook = json.loads(source[0])
     for cell in notebook["cells"]:
         for output in cell.get("outputs", ()):
-            output.get("data", {}).pop(MIME, None)
+            shown = output.get("data", {})
+            shown.pop(MIME, None)
+            if "text/html" in shown:
+                shown["text/html"] = _EMPTY_HEADER.sub(r"<td\1></td>", "".join(shown["text/html"]))
     source[0] = json.dumps(notebook)
 
 
@@ -437,10 +444,24 @@ def _bring_mathjax(app: Sphinx) -> None:
     shutil.copyfile(_mathjax_file(), target)
 
 
-def _bring_controls(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
-    """Only the scoreboard needs its script."""
+def _adapt_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Give a page the scripts that it needs, and lists of references the roles that browsers know.
+
+    Only the scoreboard needs its script, and no page those that would run code on a server elsewhere: Jupyter Book
+    declares these twice, which is an error in the browser's console. The role that docutils gives to a reference has
+    been withdrawn from the standard, and leaves its list without an item.
+    """
     if page == _SCOREBOARD:
         app.add_js_file("scoreboard.js", loading_method="defer")
+    if "body" in context:
+        context["body"] = _REFERENCE_ROLES.sub("", context["body"])
+    for kind in ("script_files", "css_files"):
+        context[kind] = [file for file in context.get(kind, ()) if not _runs_elsewhere(file)]
+
+
+def _runs_elsewhere(file: Any) -> bool:
+    body = getattr(file, "attributes", {}).get("body") or ""
+    return "THEBE_JS_URL" in body or "sphinx-thebe" in str(getattr(file, "filename", None) or "")
 
 
 def _export_scoreboard(app: Sphinx, exception: Exception | None) -> None:
@@ -468,8 +489,8 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("builder-inited", _read_data)
     app.connect("builder-inited", _bring_mathjax)
     app.connect("env-get-outdated", _live_pages)
-    app.connect("source-read", _leave_out_record)
+    app.connect("source-read", _prepare_chapter)
     app.connect("doctree-read", _mark_stale)
-    app.connect("html-page-context", _bring_controls)
+    app.connect("html-page-context", _adapt_page)
     app.connect("build-finished", _export_scoreboard)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from leantrain.training.airbench import AirbenchNet
+    from leantrain.training.batch_statistics import frozen_statistics
     from leantrain.training.diverged import Diverged
     from leantrain.training.image_classifier import ImageClassifier
     from leantrain.training.language_model import LanguageModel, next_token_loss, perplexity
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
         mask_tokens,
     )
     from leantrain.training.resnet import small_resnet
+    from leantrain.training.resnet9 import ResNet9
     from leantrain.training.schedules import warmup_cosine, warmup_cosine_factor
     from leantrain.training.sequence_classifier import SequenceClassifier
     from leantrain.training.snapshots import Snapshots
@@ -26,15 +29,18 @@ if TYPE_CHECKING:
     from leantrain.training.weight_store import WeightStore
 
 __all__ = [
+    "AirbenchNet",
     "Diverged",
     "ImageClassifier",
     "LanguageModel",
     "MaskedLanguageModel",
     "MaskedTransformer",
     "PretrainedClassifier",
+    "ResNet9",
     "SequenceClassifier",
     "Snapshots",
     "WeightStore",
+    "frozen_statistics",
     "mask_tokens",
     "next_token_loss",
     "perplexity",
@@ -45,15 +51,18 @@ __all__ = [
 ]
 
 _HOME = {
+    "AirbenchNet": "airbench",
     "Diverged": "diverged",
     "ImageClassifier": "image_classifier",
     "LanguageModel": "language_model",
     "MaskedLanguageModel": "masked_language_model",
     "MaskedTransformer": "masked_language_model",
     "PretrainedClassifier": "masked_language_model",
+    "ResNet9": "resnet9",
     "SequenceClassifier": "sequence_classifier",
     "Snapshots": "snapshots",
     "WeightStore": "weight_store",
+    "frozen_statistics": "batch_statistics",
     "mask_tokens": "masked_language_model",
     "next_token_loss": "language_model",
     "perplexity": "language_model",
