@@ -333,7 +333,7 @@ class HebbianConv2d(nn.Module):
             self.weight.grad = -delta
             return y
         self._check(x)
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.rule == "swta":
             weight = F.normalize(weight.flatten(1), dim=1).view_as(weight)
         return _ACTIVATIONS[self.activation](F.conv2d(x, weight, stride=self.stride, padding=self.padding))
