@@ -204,6 +204,20 @@ def _resnet9() -> nn.Module:
     return Recipe().network(64, in_chans=3, num_classes=10)
 
 
+def _hebbian() -> nn.Module:
+    from leantrain.techniques.fasthebb import IMAGENET as STAGES
+    from leantrain.techniques.fasthebb import HebbianNet, set_hebbian
+
+    net = HebbianNet(STAGES, in_shape=(3, 224, 224), num_classes=1000, rule="hpca", hidden=4096)
+    return set_hebbian(net, False)
+
+
+def _diverse_branches() -> nn.Module:
+    from leantrain.techniques.orepa import convert
+
+    return convert(_torchvision("resnet18")(), "dbb")
+
+
 def _cifar_resnet18() -> nn.Module:
     from leantrain.techniques.fgsm_sdi import cifar_resnet18
 
@@ -240,6 +254,8 @@ NETWORKS: dict[str, Network] = {
     "ResNet-9, 32 px": Network(_resnet9, _image(32), "convolutional"),
     "ResNet-18, 32 px": Network(_cifar_resnet18, _image(32), "convolutional"),
     "VGG-S, 32 px": Network(_vgg_s, _image(32), "convolutional"),
+    "Hebbian network of ten layers": Network(_hebbian, _image(224), "convolutional"),
+    "ResNet-18 of diverse branches": Network(_diverse_branches, _image(224), "convolutional"),
     "MobileNet v1": Network(_mobilenet, _image(224), "convolutional"),
     **{
         title: Network(_torchvision(name), _image(224), "convolutional")
@@ -418,6 +434,24 @@ def _swiftlearn(p: Mapping[str, Any]) -> Iterator[Training]:
     yield Training("BERT-base, 128 tokens", runs * p["task_epochs"] * samples, batch=p["task_batch"])
 
 
+def _fasthebb(p: Mapping[str, Any]) -> Iterator[Training]:
+    full, seeds = "Hebbian network of ten layers", len(p["seeds"])
+    trials = len(p["label_rates"]) if len(p["label_rates"]) > 1 else 0
+    hebbian = (p["hpca_epochs"] + p["swta_epochs"]) * (seeds + (trials > 0)) * IMAGENET
+    yield Training(full, hebbian, passes=2, batch=p["batch_size"], states=0)  # a forward pass, and as much again
+    labelled = 4 * p["label_epochs"] * (sum(p["labels"]) * seeds + p["labels"][0] * trials)
+    yield Training(full, p["gradient_epochs"] * seeds * IMAGENET + labelled, batch=p["label_batch"], states=1)
+
+
+def _orepa(p: Mapping[str, Any]) -> Iterator[Training]:
+    trials = len(p["learning_rates"]) * p["tuning_epochs"] if len(p["learning_rates"]) > 1 else 0
+    each = (trials + len(p["seeds"]) * p["epochs"]) * IMAGENET
+    branched = sum(kind in ("dbb", "normed-branches") for kind in p["kinds"])
+    yield Training("ResNet-18", (len(p["kinds"]) - branched) * each, batch=p["batch_size"], states=1)
+    if branched:
+        yield Training("ResNet-18 of diverse branches", branched * each, batch=p["batch_size"], states=1)
+
+
 def fgsm_passes(steps: int, every: int) -> dict[str, float]:
     """Passes of a training step of each method: `fgsm_sdi.step_cost`, without loading PyTorch for it."""
     generator = 80.8 / 555.4  # multiply-accumulates of the paper's generator over those of its classifier
@@ -454,6 +488,8 @@ PLANS: dict[str, Plan] = {
     "swiftlearn": _swiftlearn,
     "fgsm-sdi": _fgsm,
     "pruning-bitwidth": _pruning,
+    "fasthebb": _fasthebb,
+    "orepa": _orepa,
 }
 
 
