@@ -150,6 +150,7 @@ NOT_RUN = {
     "make test": "runs these tests",
     "leantrain data fetch cifar10": "needs a network; the tests of the store download from a local server",
     "leantrain run gqkva adan --profile book": "takes half an hour; the published chapters are its results",
+    "leantrain run gqkva --profile paper --dry-run": "the tests of dry runs start every chapter so",
 }
 
 
