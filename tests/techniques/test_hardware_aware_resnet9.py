@@ -564,6 +564,20 @@ def test_the_real_clock_is_obeyed_to_a_batch() -> None:
     assert 1.5 - slack <= budget.elapsed <= 1.5 + slack
 
 
+def test_one_stall_does_not_end_a_run_early() -> None:
+    clock = Clock()
+
+    class Stalls(Slow):
+        def training_step(self, batch, batch_idx):
+            clock.now += 20.0 if self.global_step == 2 else 0.0
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    module = Stalls(clock, Recipe().network(4, in_chans=1), Recipe(), budget=TimeBudget(40.5, clock=clock))
+    assert train(module, epochs=None, batches=4).global_step == 20
+    assert module.budget.elapsed == 40, "21 s of the third step would not have fitted, but that was long ago"
+
+
 def test_a_validation_after_the_run_leaves_its_time_alone() -> None:
     clock = Clock()
     torch.manual_seed(0)

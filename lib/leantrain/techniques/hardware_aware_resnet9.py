@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -328,7 +329,8 @@ class TimeBudget(L.Callback):
     """Stop a run when its time is over, and keep the weights as they are then.
 
     The clock starts with the fit and stands still during validation. A run ends with the first batch after which the
-    longest batch so far might no longer fit, so the limit is not exceeded and at most about one batch of time is left.
+    longest of the last five batches might no longer fit. So at most about one batch of time is left, and the limit is
+    exceeded only if the last batch took longer than the five before it.
 
     Args:
         seconds: The limit, positive.
@@ -349,7 +351,8 @@ class TimeBudget(L.Callback):
         self._spent = 0.0
         self._since: float | None = None
         self._fitting = False
-        self._batch_began = self._longest = 0.0
+        self._batch_began = 0.0
+        self._batches: deque[float] = deque(maxlen=5)  # more would let one stall early on end the run early
 
     @property
     def elapsed(self) -> float:
@@ -365,7 +368,8 @@ class TimeBudget(L.Callback):
         """Start the clock, if this is a fit."""
         if stage == "fit":
             self._spent, self._since, self._fitting = 0.0, self._clock(), True
-            self._batch_began = self._longest = 0.0
+            self._batch_began = 0.0
+            self._batches.clear()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
@@ -383,9 +387,9 @@ class TimeBudget(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Stop the run, if another batch might not fit."""
         now = self.elapsed
-        self._longest = max(self._longest, now - self._batch_began)
+        self._batches.append(now - self._batch_began)
         self._batch_began = now
-        if now + self._longest > self.seconds:
+        if now + max(self._batches) > self.seconds:
             trainer.should_stop = True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
