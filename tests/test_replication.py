@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from leantrain.catalog import load_catalog
+from leantrain.records import profile_parameters
 from leantrain.replication import (
     NETWORKS,
     PLANS,
@@ -15,7 +16,6 @@ from leantrain.replication import (
     fgsm_passes,
     measure,
     measured_networks,
-    paper_parameters,
     replication_costs,
 )
 from leantrain.sphinx_ext import replication_html
@@ -56,7 +56,7 @@ def test_every_chapter_has_a_plan_and_every_plan_a_chapter():
 
 @pytest.mark.parametrize("paper", load_catalog().built(), ids=lambda paper: paper.slug)
 def test_a_plan_grows_with_its_seeds_and_names_known_networks(paper):
-    parameters = paper_parameters(paper)
+    parameters = profile_parameters(paper, "paper")
     one, two = ({**parameters, "seeds": seeds} for seeds in ([0], [0, 1]))
     small, large = (list(PLANS[paper.slug](p)) for p in (one, two))
     assert {t.network for t in small} <= set(NETWORKS)

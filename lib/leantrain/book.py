@@ -97,11 +97,8 @@ def write_toc(catalog: Catalog) -> Path:
     """Write `_toc.yml` if the catalogue says something else than the file; a reader never sees half of it."""
     import yaml
 
-    path = paths.ROOT / "_toc.yml"
     text = _TOC_HEADER + yaml.safe_dump(table_of_contents(catalog), sort_keys=False, allow_unicode=True)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        paths.write_atomically(path, text)
-    return path
+    return paths.write_if_changed(paths.ROOT / "_toc.yml", text)
 
 
 # ---------------------------------------------------------------- scoreboard

@@ -61,6 +61,11 @@ class Verdict(StrEnum):
     OUT_OF_REACH = "out of reach here"
     PLANNED = "planned"
 
+    @property
+    def sign(self) -> str:
+        """One character that stands for the word."""
+        return dict(zip(Verdict, "✓◐✗–…", strict=True))[self]
+
 
 class Decision(NamedTuple):
     """A verdict; `indicative` when fewer runs than the claim's `min_n` stand behind it."""

@@ -370,10 +370,9 @@ def format_quantity(quantity: Quantity, unit: str) -> str:
 
 def badge(decision: Decision) -> str:
     """A verdict as HTML: the word, a sign and a colour, so that none of them is needed alone."""
-    signs = {"reproduced": "✓", "partly": "◐", "not reproduced": "✗", "out of reach here": "–", "planned": "…"}
     kind = {"out of reach here": "out-of-reach"}.get(str(decision.verdict), str(decision.verdict).replace(" ", "-"))
     tail = " <span class='lt-indicative'>indicative</span>" if decision.indicative else ""
-    sign = f"<span aria-hidden='true'>{signs[str(decision.verdict)]}</span>"
+    sign = f"<span aria-hidden='true'>{decision.verdict.sign}</span>"
     return f"<span class='lt-badge lt-badge--{kind}'>{sign} {decision.verdict}{tail}</span>"
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "PROFILES",
     "ROOT",
     "write_atomically",
+    "write_if_changed",
 ]
 
 #: The folder that holds the README; `LEANTRAIN_ROOT` moves it (the tests do).
@@ -56,3 +57,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_if_changed(path: Path, text: str) -> Path:
+    """Write a text file atomically, unless it holds the text already; returns its path."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_atomically(path, text)
+    return path

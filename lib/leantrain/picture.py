@@ -13,29 +13,34 @@ from leantrain.catalog import Verdict
 
 __all__ = ["scoreboard_picture", "write_picture"]
 
-#: Sign, ink and paper of each verdict: the light colours of the book's pages.
+#: Ink and paper of each verdict: the light colours of the book's pages.
 _LOOK = {
-    Verdict.REPRODUCED: ("✓", "#00602f", "#c9ebd5"),
-    Verdict.PARTLY: ("◐", "#6d4300", "#fbe3b0"),
-    Verdict.NOT_REPRODUCED: ("✗", "#8f1d44", "#f6cfdc"),
-    Verdict.OUT_OF_REACH: ("–", "#414b57", "#e3e7ec"),
-    Verdict.PLANNED: ("…", "#414b57", "#f3f5f7"),
+    Verdict.REPRODUCED: ("#00602f", "#c9ebd5"),
+    Verdict.PARTLY: ("#6d4300", "#fbe3b0"),
+    Verdict.NOT_REPRODUCED: ("#8f1d44", "#f6cfdc"),
+    Verdict.OUT_OF_REACH: ("#414b57", "#e3e7ec"),
+    Verdict.PLANNED: ("#414b57", "#f3f5f7"),
 }
 _WIDTH, _MARGIN, _LINE, _NAME, _SQUARE = 860, 20, 26, 214, 22
+
+
+def _square(verdict: Verdict, x: float, y: float, *, edge: bool = False) -> str:
+    """A verdict's sign on its colour; (x, y) is top left."""
+    ink, back = _LOOK[verdict]
+    stroke = f' stroke="{ink}" stroke-width="1.5"' if edge else ""
+    return (
+        f'<rect x="{x}" y="{y}" width="{_SQUARE}" height="{_SQUARE}" rx="4" fill="{back}"{stroke}/>'
+        f'<text x="{x + _SQUARE / 2:g}" y="{y + 16}" text-anchor="middle" fill="{ink}">{verdict.sign}</text>'
+    )
 
 
 def _row(rows: Sequence[ScoreRow], x: int, y: int) -> str:
     """A paper's name and the squares of its claims, headlines first in the catalogue's order; (x, y) is top left."""
     parts = [f'<text x="{x}" y="{y + 16}">{html.escape(rows[0].paper.short)}</text>']
     for place, row in enumerate(rows):
-        sign, ink, back = _LOOK[row.decision.verdict]
-        left = x + _NAME + place * (_SQUARE + 4)
-        edge = f' stroke="{ink}" stroke-width="1.5"' if row.claim.headline else ""
-        parts.append(
-            f"<g><title>{html.escape(row.claim.sentence)} {row.decision.verdict.value}.</title>"
-            f'<rect x="{left}" y="{y + 1}" width="{_SQUARE}" height="{_SQUARE}" rx="4" fill="{back}"{edge}/>'
-            f'<text x="{left + _SQUARE / 2:g}" y="{y + 17}" text-anchor="middle" fill="{ink}">{sign}</text></g>'
-        )
+        square = _square(row.decision.verdict, x + _NAME + place * (_SQUARE + 4), y + 1, edge=row.claim.headline)
+        title = f"{html.escape(row.claim.sentence)} {row.decision.verdict.value}."
+        parts.append(f"<g><title>{title}</title>{square}</g>")
     return "".join(parts)
 
 
@@ -43,12 +48,8 @@ def _legend(rows: Sequence[ScoreRow], y: int) -> str:
     parts, x = [], _MARGIN
     for verdict, count in tally(rows).items():
         if count:
-            sign, ink, back = _LOOK[verdict]
-            parts.append(
-                f'<rect x="{x}" y="{y}" width="{_SQUARE}" height="{_SQUARE}" rx="4" fill="{back}"/>'
-                f'<text x="{x + _SQUARE / 2:g}" y="{y + 16}" text-anchor="middle" fill="{ink}">{sign}</text>'
-                f'<text x="{x + _SQUARE + 6}" y="{y + 16}">{count} {verdict.value}</text>'
-            )
+            parts.append(_square(verdict, x, y))
+            parts.append(f'<text x="{x + _SQUARE + 6}" y="{y + 16}">{count} {verdict.value}</text>')
             x += 165
     return "".join(parts)
 
@@ -91,7 +92,4 @@ def scoreboard_picture(rows: Sequence[ScoreRow]) -> str:
 
 def write_picture(rows: Sequence[ScoreRow]) -> Path:
     """Write `book/_static/scoreboard.svg` if it would change."""
-    path, text = paths.ROOT / "book" / "_static" / "scoreboard.svg", scoreboard_picture(rows)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        paths.write_atomically(path, text)
-    return path
+    return paths.write_if_changed(paths.ROOT / "book" / "_static" / "scoreboard.svg", scoreboard_picture(rows))

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from leantrain import paths
-from leantrain.parameters import check_parameters, parameters_of, read_profile
+from leantrain.records import profile_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from leantrain.catalog import Catalog, Paper
+    from leantrain.catalog import Catalog
 
 __all__ = [
     "NETWORKS",
@@ -35,7 +35,6 @@ __all__ = [
     "cost_of",
     "measure",
     "measured_networks",
-    "paper_parameters",
     "replication_costs",
     "write_measurements",
 ]
@@ -496,12 +495,6 @@ PLANS: dict[str, Plan] = {
 # ---------------------------------------------------------------- costs
 
 
-def paper_parameters(paper: Paper) -> dict[str, Any]:
-    """The values of a chapter's parameters at its `paper` profile."""
-    profile = read_profile(paths.PROFILES / "paper" / f"{paper.slug}.yml")
-    return check_parameters(parameters_of(paper.notebook_path), profile)
-
-
 def _five_seeds(parameters: Mapping[str, Any]) -> dict[str, Any]:
     lists = {name: list(range(5)) for name in parameters if name == "seeds" or name.endswith("_seeds")}
     return {**parameters, **{name: five for name, five in lists.items() if isinstance(parameters[name], list)}}
@@ -554,7 +547,7 @@ def replication_costs(catalog: Catalog, assumptions: Assumptions | None = None) 
     for paper in catalog.built():
         if paper.slug not in PLANS:
             continue
-        parameters = paper_parameters(paper)
+        parameters = profile_parameters(paper, "paper")
         size = 2 if "bf16" in str(parameters.get("precision", "")) else 4
         both = (parameters, _five_seeds(parameters))
         as_it_is, five = (cost_of(list(PLANS[paper.slug](p)), networks, assumptions, size) for p in both)
