@@ -1,4 +1,4 @@
-"""The pages in a browser: what axe, the console, the network and a reader's hands find, light and dark, large and small.
+"""The pages in a browser: what axe, the console, the network and a reader's hands find, in light and dark.
 
 Chromium is looked for as `leantrain book --pdf` looks for it; these tests are skipped where there is none.
 """
@@ -240,20 +240,23 @@ def test_search_finds_a_term_and_the_result_opens(desktop):
 
 def test_a_solution_is_folded_until_it_is_asked_for(desktop):
     page = desktop.open("book/chapters/gqkva")
-    solution = page.locator("details").last
-    code = solution.locator("pre")
-    expect(code).to_be_hidden()
-    solution.locator("summary").click()
-    expect(code).to_be_visible()
+    folds = page.locator("details.lt-fold")
+    assert folds.count() == 3
+    words, code = folds.last.locator("p").first, folds.last.locator("pre").first
+    for hidden in (words, code):
+        expect(hidden).to_be_hidden()
+    folds.last.locator("summary").click()
+    for shown in (words, code):
+        expect(shown).to_be_visible()
 
 
 def test_a_chapter_downloads_as_it_was_executed_and_no_button_starts_it_elsewhere(desktop):
     page = desktop.open("book/chapters/gqkva")
     page.get_by_role("button", name="Download this page").click()
+    expect(page.locator(".btn-download-pdf-button")).to_be_visible()
     with page.expect_download() as download:
         page.locator(".btn-download-source-button").click()
     assert Path(download.value.path()).read_bytes() == (paths.CHAPTERS / "gqkva.ipynb").read_bytes()
-    expect(page.locator(".btn-download-pdf-button")).to_be_visible()
     assert page.locator("[class*=launch]").count() == 0
 
 
@@ -278,21 +281,21 @@ def test_the_scoreboard_is_searched_filtered_and_sorted(desktop):
 
     page.get_by_label("Headline claims only").check()
     assert len(claims_shown(page)) == sum(claim.headline for claim in every)
-    page.get_by_label("Verdict", exact=True).select_option("not reproduced")
+    page.get_by_role("combobox", name="Verdict").select_option("not reproduced")
     badges = page.locator("tr.lt-claim:visible .lt-badge").all_inner_texts()
     assert badges
     assert all("not reproduced" in text for text in badges)
     page.get_by_label("Headline claims only").uncheck()
-    page.get_by_label("Verdict", exact=True).select_option("all")
+    page.get_by_role("combobox", name="Verdict").select_option("all")
 
-    page.get_by_label("Search", exact=True).fill("gqkva parameters")
+    page.get_by_role("searchbox", name="Search", exact=True).fill("gqkva parameters")
     found = page.locator("tr.lt-claim:visible").count()
     assert 0 < found < len(every)
-    page.get_by_label("Search", exact=True).fill("no such words")
+    page.get_by_role("searchbox", name="Search", exact=True).fill("no such words")
     expect(status).to_contain_text(f"0 of {len(every)} claims")
-    page.get_by_label("Search", exact=True).fill("")
+    page.get_by_role("searchbox", name="Search", exact=True).fill("")
 
-    page.get_by_label("In the order of").select_option("paper")
+    page.get_by_role("combobox", name="In the order of").select_option("paper")
     papers = page.locator("tr.lt-claim:visible .lt-paper-name").all_inner_texts()
     assert len(papers) == len(every)
     assert papers == page.evaluate("names => [...names].sort((a, b) => a.localeCompare(b))", papers)
