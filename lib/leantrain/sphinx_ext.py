@@ -501,14 +501,15 @@ def _fold_solutions(app: Sphinx, doctree: nodes.document) -> None:
         return
     for mark in list(doctree.findall(nodes.strong)):
         words = mark.parent
-        if mark.astext() != "Solution." or words.index(mark) != 0 or not isinstance(words.parent, nodes.section):
+        begins = mark.astext() == "Solution." and words.astext().startswith("Solution.")
+        if not begins or not isinstance(words.parent, nodes.section):
             continue
         around, start = words.parent, words.parent.index(words)
         end = next((i for i in range(start, len(around)) if around[i].get("hide_mode")), start + 1)
         while end < len(around) and around[end].get("hide_mode"):
             del around[end]["hide_mode"]  # one fold is enough
             end += 1
-        words.remove(mark)
+        del words[: words.index(mark) + 1]
         if words.children and isinstance(words[0], nodes.Text):
             words[0] = nodes.Text(words[0].lstrip())
         fold = Fold("", *around[start:end], summary="Solution")
