@@ -9,6 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from leantrain.catalog import load_catalog
+
 pytestmark = pytest.mark.slow
 
 MIB = 2**20
@@ -106,3 +108,11 @@ def test_headings_skip_no_level(pages):
         if any(after > before + 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
     ]
     assert skipping == []
+
+
+def test_every_solution_is_folded_with_its_words(rendered):
+    for paper in load_catalog().built():
+        written = paper.chapter_path.read_text(encoding="utf-8").count("**Solution.**")
+        page = (rendered / f"book/chapters/{paper.slug}.html").read_text(encoding="utf-8")
+        assert page.count("<details class='lt-fold'>") == written >= 2, paper.slug
+        assert "<strong>Solution" not in page, paper.slug

@@ -212,3 +212,17 @@ def test_without_its_package_the_mathjax_step_says_what_to_install(monkeypatch):
     monkeypatch.setattr(sphinx_ext.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(sphinx_ext.ExtensionError, match="sphinx-mathjax-offline is missing"):
         sphinx_ext._mathjax_file()
+
+
+@pytest.mark.slow
+def test_a_real_browser_prints_the_book_with_pages_and_bookmarks(small_book):
+    try:
+        book._browser()
+    except BookError as missing:
+        pytest.skip(str(missing))
+    add_prose(small_book, PROSE)
+    printed = book.build_pdf().read_bytes()
+    # Every page of the book begins a page, the scoreboard among them.
+    assert len(re.findall(rb"/Type /Page\s", printed)) >= 7
+    for title in ("How to read a chapter", "Scoreboard", "Opening", "Toy", "Prose", "Glossary"):
+        assert f"/Title ({title})".encode() in printed, title

@@ -542,7 +542,8 @@ def build_pdf(output: Path | None = None, *, timeout: float = 1800) -> Path:
         text = (pages / "book" / "index.html").read_text(encoding="utf-8").replace('href="book/index.html#', 'href="#')
         page = pages / "all.html"
         page.write_text(_LOCAL_LINK.sub(r"\1", text), encoding="utf-8")
-        options = ["--headless", "--disable-gpu", "--no-pdf-header-footer", f"--user-data-dir={place / 'profile'}"]
+        options = ["--headless", "--disable-gpu", f"--user-data-dir={place / 'profile'}"]
+        options += ["--no-pdf-header-footer", "--generate-pdf-document-outline"]
         if os.geteuid() == 0:
             options.append("--no-sandbox")  # Chromium refuses to start as root with one
         # The time is the page's own clock: it gives MathJax as long as it needs.

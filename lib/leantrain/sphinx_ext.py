@@ -127,6 +127,22 @@ def _visit_elsewhere(self: nodes.NodeVisitor, node: BookHtml) -> None:
     raise nodes.SkipNode
 
 
+class Fold(nodes.General, nodes.Element):
+    """What stands in it is hidden until the reader opens it; its `summary` is what shows."""
+
+
+def _visit_fold(self: HTML5Translator, node: Fold) -> None:
+    self.body.append(f"<details class='lt-fold'><summary>{html.escape(node['summary'])}</summary>\n")
+
+
+def _depart_fold(self: HTML5Translator, node: Fold) -> None:
+    self.body.append("</details>\n")
+
+
+def _unfolded(self: nodes.NodeVisitor, node: Fold) -> None:
+    """Other formats show what stands in a fold."""
+
+
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
@@ -479,6 +495,27 @@ def _mark_stale(app: Sphinx, doctree: nodes.document) -> None:
         section.insert(section.first_child_matching_class(nodes.title) + 1, banner)
 
 
+def _fold_solutions(app: Sphinx, doctree: nodes.document) -> None:
+    """Fold every solution of a chapter's exercises: its words together with the hidden cells that follow them."""
+    if posixpath.dirname(app.env.docname) != "book/chapters":
+        return
+    for mark in list(doctree.findall(nodes.strong)):
+        words = mark.parent
+        begins = mark.astext() == "Solution." and words.astext().startswith("Solution.")
+        if not begins or not isinstance(words.parent, nodes.section):
+            continue
+        around, start = words.parent, words.parent.index(words)
+        end = next((i for i in range(start, len(around)) if around[i].get("hide_mode")), start + 1)
+        while end < len(around) and around[end].get("hide_mode"):
+            del around[end]["hide_mode"]  # one fold is enough
+            end += 1
+        del words[: words.index(mark) + 1]
+        if words.children and isinstance(words[0], nodes.Text):
+            words[0] = nodes.Text(words[0].lstrip())
+        fold = Fold("", *around[start:end], summary="Solution")
+        around[start:end] = [fold]
+
+
 def _mathjax_file() -> Path:
     spec = importlib.util.find_spec("sphinx-mathjax-offline")
     if spec is None or spec.origin is None:
@@ -533,6 +570,11 @@ def setup(app: Sphinx) -> ExtensionMetadata:
         man=(_visit_elsewhere, None),
         texinfo=(_visit_elsewhere, None),
     )
+    app.add_node(
+        Fold,
+        html=(_visit_fold, _depart_fold),
+        **dict.fromkeys(("latex", "text", "man", "texinfo"), (_unfolded, _unfolded)),
+    )
     app.add_directive("scoreboard", ScoreboardDirective)
     app.add_directive("tally", TallyDirective)
     app.add_directive("replication-costs", ReplicationCostsDirective)
@@ -546,6 +588,7 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("env-get-outdated", _live_pages)
     app.connect("source-read", _prepare_chapter)
     app.connect("doctree-read", _mark_stale)
+    app.connect("doctree-read", _fold_solutions)
     app.connect("html-page-context", _adapt_page)
     app.connect("build-finished", _export_scoreboard)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}
