@@ -111,7 +111,8 @@ def hog(
         )
     if gradient not in ("sobel", "central"):
         raise ValueError(f"gradient {gradient!r}: expected 'sobel' or 'central'")
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad():
+        # Nothing below is among the operations that autocast would compute in half precision.
         gx, gy = _gradients(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, gradient)
         place = torch.floor(bins * torch.atan2(gx, gy) / math.pi).remainder(bins).long()
         spread = gx.new_zeros(*x.shape[:2], bins, *x.shape[2:])
