@@ -318,6 +318,17 @@ def test_position_embeddings_are_fixed_and_tell_places_apart():
     assert torch.pdist(places).min() > 0.1
 
 
+def test_first_weights_do_not_depend_on_resolution_or_target():
+    states = []
+    for size, target in ((16, "hog"), (24, "hog"), (16, "pixel")):
+        torch.manual_seed(0)
+        model = FastMIM(small_vit(size), target=target, cell=2, decoder_width=16, decoder_heads=2)
+        last = f"decoder.{len(model.decoder) - 1}"
+        states.append({k: v for k, v in model.state_dict().items() if "pos_embed" not in k and last not in k})
+    for other in states[1:]:
+        assert all(torch.equal(v, states[0][k]) for k, v in other.items())
+
+
 def test_swin_windows_fit_without_padding():
     model = swin_encoder(image_size=64, window=2, dim=8, depths=(1, 1, 1), heads=(1, 1, 1))
     assert [block.window_size for stage in model.layers for block in stage.blocks] == [(2, 2)] * 3

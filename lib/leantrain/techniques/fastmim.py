@@ -293,12 +293,14 @@ def vit_encoder(
         patch_size=patch_size,
         in_chans=in_chans,
         num_classes=0,
+        pos_embed="none",  # random embeddings would shift the draws of all weights with the resolution
         embed_dim=dim,
         depth=depth,
         num_heads=heads,
         mlp_ratio=mlp_ratio,
     )
-    encoder.pos_embed.requires_grad_(False).copy_(_sincos(image_size // patch_size, dim, encoder.pos_embed.device))
+    places = _sincos(image_size // patch_size, dim, encoder.patch_embed.proj.weight.device)
+    encoder.pos_embed = nn.Parameter(places, requires_grad=False)
     return encoder
 
 
