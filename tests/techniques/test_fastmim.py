@@ -379,7 +379,7 @@ COUNTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COUNTS, ids="-".join)
+@pytest.mark.parametrize("name", COUNTS, ids=lambda name: "-".join(map(str, name)))
 def test_counts_of_the_full_networks(name):
     with torch.device("meta"):
         model, x = full_size(*name), torch.empty(1, 3, name[2], name[2])
