@@ -244,8 +244,26 @@ def _bert() -> nn.Module:
     return pre_ln_bert(30522, max_length=128, dim=768, depth=12, heads=12)
 
 
+def _masked_vit(size: int) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from leantrain.techniques.fastmim import full_size
+
+        return full_size("fastmim", "vit-b", size)
+
+    return build
+
+
+def _vit_base() -> nn.Module:
+    from leantrain.techniques.fastmim import full_size, transfer
+
+    return transfer(full_size("fastmim", "vit-b", 224).encoder, num_classes=1000, image_size=224)
+
+
 NETWORKS: dict[str, Network] = {
     "ViT-S/16": Network(_vit_small, _image(224), "transformer"),
+    "ViT-B/16": Network(_vit_base, _image(224), "transformer"),
+    "FastMIM of ViT-B/16, 128 px": Network(_masked_vit(128), _image(128), "transformer"),
+    "FastMIM of ViT-B/16, 224 px": Network(_masked_vit(224), _image(224), "transformer"),
     "BERT-base, 128 tokens": Network(_bert, _tokens(128), "transformer"),
     "GPT-2, 1,024 tokens": Network(_gpt2(12), _tokens(1024), "transformer", "cpu"),
     "GPT-2 of 6 blocks, 1,024 tokens": Network(_gpt2(6), _tokens(1024), "transformer", "cpu"),
@@ -451,6 +469,19 @@ def _orepa(p: Mapping[str, Any]) -> Iterator[Training]:
         yield Training("ResNet-18 of diverse branches", branched * each, batch=p["batch_size"], states=1)
 
 
+def _fastmim(p: Mapping[str, Any]) -> Iterator[Training]:
+    seeds, batch = len(p["seeds"]), p["batch_size"]
+    trial = len(p["tune_rates"]) > 1
+    arms = 2 * len(p["resolutions"])
+    # Growing in three stages, 128, 160 and 192 pixels: as many tokens on average as 162 pixels have, 1.6 times 128's.
+    each = (seeds + trial) * p["pretrain_epochs"] * IMAGENET
+    yield Training("FastMIM of ViT-B/16, 128 px", (2 + 1.6 * p["growing"]) * each, batch=batch)
+    yield Training("FastMIM of ViT-B/16, 224 px", 2 * each, batch=batch)
+    tried = (1 + arms) * len(p["tune_rates"]) * (p["tune_epochs"] // 2) if trial else 0
+    tuned = (1 + arms + p["growing"]) * seeds * p["tune_epochs"]
+    yield Training("ViT-B/16", (tried + tuned) * IMAGENET, batch=batch)
+
+
 def fgsm_passes(steps: int, every: int) -> dict[str, float]:
     """Passes of a training step of each method: `fgsm_sdi.step_cost`, without loading PyTorch for it."""
     generator = 80.8 / 555.4  # multiply-accumulates of the paper's generator over those of its classifier
@@ -489,6 +520,7 @@ PLANS: dict[str, Plan] = {
     "pruning-bitwidth": _pruning,
     "fasthebb": _fasthebb,
     "orepa": _orepa,
+    "fastmim": _fastmim,
 }
 
 
