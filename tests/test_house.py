@@ -54,6 +54,7 @@ def test_imports_run_one_way():
         "cli",
         "experiment",
         "parameters",
+        "ray_engine",
         "records",
         "runner",
         "sphinx_ext",
