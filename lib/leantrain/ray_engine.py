@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import os
 import queue
+import socket
 import tempfile
 import threading
 import time
@@ -31,7 +32,7 @@ from leantrain.parameters import Resources, parameters_of, read_resources
 from leantrain.records import fingerprint, strip_paths
 from leantrain.runner import Job, Progress
 
-__all__ = ["RETRIES", "ClusterError", "RayEngine", "Spec", "connected", "needs_of", "run_chapter", "window"]
+__all__ = ["RETRIES", "ClusterError", "RayEngine", "Spec", "connected", "needs_of", "run_chapter", "spec_of", "window"]
 
 #: How often a run is submitted again after the loss of its worker or its node.
 RETRIES = 3
@@ -101,6 +102,25 @@ def needs_of(job: Job) -> Resources:
     return Resources(_DEFAULTS["quick"].cpus, 0) if job.parameters.get("dry_run") else default
 
 
+def spec_of(job: Job) -> Spec:
+    """A job as it travels to a node, with what it depends on in this tree.
+
+    Raises:
+        ParameterError: If the profile file's `resources` are faulty.
+    """
+    source = job.source.read_text(encoding="utf-8")
+    return Spec(
+        job.paper.slug,
+        job.profile,
+        job.parameters,
+        source,
+        job.kernel,
+        job.cell_timeout,
+        needs_of(job),
+        _tree(job.paper),
+    )
+
+
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
     """A connection to the running cluster that `RAY_ADDRESS` names, or else to the one on this machine.
@@ -114,6 +134,7 @@ def connected() -> Iterator[None]:
         raise ClusterError("--engine ray needs Ray, which is not installed: run `pip install -e '.[ray]'`") from None
     environment = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
     try:
+        _knock(os.environ.get("RAY_ADDRESS", "auto"))
         ray.init(
             address="auto",
             logging_level="ERROR",
@@ -129,6 +150,19 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fail at once where Ray itself would try for a minute."""
+    if address in ("", "auto", "local") or "://" in address:
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConnectionError(f"RAY_ADDRESS is {address!r}, not HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError:
+        raise ConnectionError(f"nothing answers at {address}") from None
 
 
 def window() -> int:
@@ -201,7 +235,7 @@ def _tree(paper: Paper) -> dict[str, str | None]:
 
 def _differences(caller: Mapping[str, str | None], node: Mapping[str, str | None]) -> list[str]:
     # An image may hold the tree without its history; what the run depends on is compared all the same.
-    unknown = {"the commit"} if node["the commit"] is None else set()
+    unknown = {"the commit"} if None in (caller["the commit"], node["the commit"]) else set()
     return sorted(name for name in (caller.keys() | node.keys()) - unknown if caller.get(name) != node.get(name))
 
 
@@ -211,19 +245,26 @@ class RayEngine:
     Args:
         patience: Seconds that a run waits for a node of its size to appear while the cluster has none, for clusters
             that start nodes on demand.
-        task: Generator function that runs on a node; the tests and benchmarks put cheaper ones in its place.
+        task: Generator function that runs on a node; tests and benchmarks put cheaper ones in its place.
+        spec: What it is called with.
 
     Raises:
         ValueError: If the patience is negative.
     """
 
-    def __init__(self, patience: float = 30.0, task: Callable[[Spec], Iterator[Event]] = run_chapter) -> None:
+    def __init__(
+        self,
+        patience: float = 30.0,
+        task: Callable[[Spec], Iterator[Event]] = run_chapter,
+        spec: Callable[[Job], Spec] = spec_of,
+    ) -> None:
         import ray
 
         if patience < 0:
             raise ValueError(f"patience must be at least 0 seconds, got {patience}")
         self._ray = ray
         self._patience = patience
+        self._spec = spec
         self._task = ray.remote(max_retries=0, num_returns="streaming")(task)
 
     def execute(self, job: Job, stop: threading.Event, report: Progress) -> str | None:
@@ -234,19 +275,21 @@ class RayEngine:
         """
         from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayError, WorkerCrashedError
 
+        lost = {
+            NodeDiedError: "its node was lost",
+            ObjectLostError: "its result was lost with a node",
+            OutOfMemoryError: "its node ran out of memory",
+            WorkerCrashedError: "its worker died",
+        }
         job.partial.unlink(missing_ok=True)
-        needs = needs_of(job)
-        source = job.source.read_text(encoding="utf-8")
-        spec = Spec(
-            job.paper.slug, job.profile, job.parameters, source, job.kernel, job.cell_timeout, needs, _tree(job.paper)
-        )
+        spec = self._spec(job)
         for attempt in itertools.count(1):
             try:
                 return self._attempt(job, spec, stop, report)
-            except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError) as error:
-                cause = _first_line(error)
+            except tuple(lost) as error:
+                cause = next(words for kind, words in lost.items() if isinstance(error, kind))
                 if attempt > RETRIES:
-                    return f"its worker or node was lost {attempt} times, at last: {cause}"
+                    return f"it was started {attempt} times, and lost every time; at last, {cause}"
                 report(job.paper.slug, "retried", {"cause": cause, "attempt": attempt, "limit": RETRIES})
             except RayError as error:
                 return f"the cluster could not run it: {_first_line(error)}"
