@@ -47,7 +47,10 @@ def test_the_table_of_contents_of_a_tiny_catalogue(house):
             },
             # The paper `other` has no notebook: it is planned and has no entry.
             {"caption": "First part", "chapters": [{"file": "book/parts/first"}, {"file": "book/chapters/toy"}]},
-            {"caption": "Reference", "chapters": [{"file": "book/glossary"}, {"file": "book/bibliography"}]},
+            {
+                "caption": "Reference",
+                "chapters": [{"file": f"book/{name}"} for name in ("scaling", "glossary", "bibliography")],
+            },
         ],
     }
 

@@ -18,7 +18,7 @@ from leantrain.cli import main
 
 LIBRARY = paths.ROOT / "lib" / "leantrain"
 MODULES = sorted(p for p in LIBRARY.rglob("*.py"))
-PAGES = [paths.ROOT / "README.md", paths.ROOT / "CONTRIBUTING.md"]
+PAGES = [paths.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "book/scaling.md")]
 
 
 def name_of(path):
@@ -54,6 +54,7 @@ def test_imports_run_one_way():
         "cli",
         "experiment",
         "parameters",
+        "ray_engine",
         "records",
         "runner",
         "sphinx_ext",

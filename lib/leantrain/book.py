@@ -88,7 +88,7 @@ def table_of_contents(catalog: Catalog) -> dict[str, Any]:
         "parts": [
             group("Start here", ["how-to-read", "scoreboard", "costs"]),
             *parts,
-            group("Reference", ["glossary", "bibliography"]),
+            group("Reference", ["scaling", "glossary", "bibliography"]),
         ],
     }
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from leantrain import paths
 from leantrain.catalog import Claim, Decision, Quantity, load_catalog
-from leantrain.parameters import ParameterError, check_parameters, parameters_of
+from leantrain.parameters import RESOURCES, ParameterError, check_parameters, parameters_of
 from leantrain.records import MIME, Fingerprint, Provenance, Record, fingerprint
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # tqdm, which several libraries load, advises every notebook to install a progress bar that the book does not use.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-__all__ = ["Chapter", "badge", "card_html", "claims_html", "format_quantity"]
+__all__ = ["Chapter", "badge", "card_html", "claims_html", "commit_of_tree", "format_quantity"]
 
 _PACKAGES = (
     "torch",
@@ -81,7 +81,7 @@ class Chapter:
         self.profile = self.parameters["profile"]
         # Taken at the start: a run measures what stood then, even if the tree changes while it runs.
         self._fingerprint: Fingerprint = fingerprint(self.paper)
-        self._commit, self._modified = _commit()
+        self._commit, self._modified = commit_of_tree()
         self._measured: dict[str, dict[str, Quantity]] = {}
         self._data: dict[str, str] = {}
         self._experiments: list[Experiment] = []
@@ -282,7 +282,8 @@ def _given(namespace: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, 
     and IPython's own names: any other plain value was injected under a name that the chapter does not have, which
     papermill only warns about.
     """
-    shell = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+    # papermill hands on the whole profile file, and with it what the run needs of a cluster.
+    shell = {"In", "Out", "exit", "quit", "get_ipython", "open", RESOURCES}
     plain = (bool, int, float, str, list, tuple, dict, type(None))
     strangers = [
         name
@@ -324,7 +325,7 @@ def _without_docstring(source: str) -> str:
     return "\n".join(line for number, line in enumerate(lines, start=1) if number not in drop)
 
 
-def _commit() -> tuple[str | None, bool]:
+def commit_of_tree() -> tuple[str | None, bool]:
     """The commit of the project's tree, and whether files of the library or the notebooks differ from it."""
     try:
         git = ["git", "-C", str(paths.ROOT)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,25 @@ def show(slug: str) -> None:
 @click.option("-p", "pairs", multiple=True, metavar="NAME=VALUE", help="Set one parameter; may be given again.")
 @click.option("--seeds", help="Seeds, such as 0,1,2: short for -p seeds=0,1,2.")
 @click.option("--dry-run", is_flag=True, help="The profile's real models on two batches of stand-in data.")
-@click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Chapters at a time.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 1024),
+    help="Chapters at a time; by default 1, and on a cluster as many as it has room for.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where to run: here, or on the Ray cluster that RAY_ADDRESS names.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(0, 86400),
+    default=30,
+    show_default=True,
+    help="Seconds that a run waits for a node of its size to join the cluster.",
+)
 @click.option("--force", is_flag=True, help="Run also what has a fresh result.")
 @click.option("--store", is_flag=True, help="Put the outputs into notebooks/, as the reference that nbval checks.")
 def run(
@@ -138,7 +157,9 @@ def run(
     pairs: Sequence[str],
     seeds: str | None,
     dry_run: bool,
-    jobs: int,
+    jobs: int | None,
+    engine: str,
+    patience: float,
     force: bool,
     store: bool,
 ) -> None:
@@ -159,8 +180,20 @@ def run(
             planned.append(plan(paper, profile, _typed(paper, texts), store=store))
     except ValueError as error:
         raise _Failure(f"{paper.slug}: {error}") from None
-    with _display(planned) as progress:
-        outcomes = run_jobs(planned, parallel=jobs, force=force, progress=progress)
+    with contextlib.ExitStack() as stack:
+        parallel, execute = jobs or 1, None
+        if engine == "ray":
+            from leantrain import ray_engine
+
+            try:
+                for job in planned:
+                    ray_engine.needs_of(job)
+                stack.enter_context(ray_engine.connected())
+            except (ParameterError, ray_engine.ClusterError) as error:
+                raise _Failure(str(error)) from None
+            parallel, execute = jobs or ray_engine.window(), ray_engine.RayEngine(patience).execute
+        progress = stack.enter_context(_display(planned))
+        outcomes = run_jobs(planned, parallel=parallel, force=force, progress=progress, execute=execute)
     _summary(outcomes)
     if any(o.status == "stopped" for o in outcomes):
         sys.exit(130)
@@ -220,6 +253,9 @@ class _display:
                 click.echo(f"{time.strftime('%H:%M:%S')} {slug}: started", err=True)
         elif event == "cell":
             self._progress.update(self._tasks[slug], completed=fields["index"], total=fields["total"])
+        elif event == "retried":
+            again = f"started again ({fields['attempt']} of {fields['limit']}): {fields['cause']}"
+            self._console.print(f"{time.strftime('%H:%M:%S')} {slug}: {again}", markup=False, highlight=False)
         elif event == "finished":
             outcome: Outcome = fields["outcome"]
             if slug in self._tasks:

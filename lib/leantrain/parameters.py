@@ -14,6 +14,7 @@ Annotation and range are the whole specification: the notebook, the command line
 from __future__ import annotations
 
 import ast
+import dataclasses
 import io
 import json
 import math
@@ -26,7 +27,20 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Parameter", "ParameterError", "check_parameters", "parameters_of", "parse_parameters", "read_profile"]
+__all__ = [
+    "RESOURCES",
+    "Parameter",
+    "ParameterError",
+    "Resources",
+    "check_parameters",
+    "parameters_of",
+    "parse_parameters",
+    "read_profile",
+    "read_resources",
+]
+
+#: The one key of a profile file that is no parameter: what a run at that profile needs of a cluster.
+RESOURCES = "resources"
 
 _TYPES: dict[str, tuple[type, bool]] = {
     "bool": (bool, False),
@@ -238,12 +252,53 @@ def check_parameters(known: Mapping[str, Parameter], given: Mapping[str, object]
     return {name: p.check(given[name]) if name in given else p.default for name, p in known.items()}
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What one run needs of a cluster.
+
+    Attributes:
+        cpus: Processor cores, 1 to 1024; also the threads that the run computes with.
+        gpus: GPUs, 0 to 64. A run that asks for none sees none.
+    """
+
+    cpus: int = 2
+    gpus: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPUs and {self.gpus} GPUs"
+
+
 def read_profile(path: Path) -> dict[str, Any]:
-    """Read a papermill parameter file.
+    """Read a papermill parameter file, without what it says of resources.
 
     Raises:
         ParameterError: If it is missing or no YAML mapping.
     """
+    return {name: value for name, value in _read_mapping(path).items() if name != RESOURCES}
+
+
+def read_resources(path: Path, default: Resources) -> Resources:
+    """What a profile file asks of a cluster, such as `resources: {cpus: 8, gpus: 1}`.
+
+    A number that it leaves out is the default's.
+
+    Raises:
+        ParameterError: If the file cannot be read, or asks for something else than whole numbers in range.
+    """
+    given = _read_mapping(path).get(RESOURCES, {})
+    ranges = {"cpus": (1, 1024), "gpus": (0, 64)}
+    if not isinstance(given, dict) or not all(
+        name in ranges and type(number) is int and ranges[name][0] <= number <= ranges[name][1]
+        for name, number in given.items()
+    ):
+        raise ParameterError(
+            f"the profile file {path.name} has {RESOURCES}: {given!r}; "
+            f"expected cpus (1 to 1024) and gpus (0 to 64), such as {RESOURCES}: {{cpus: 8, gpus: 1}}"
+        )
+    return dataclasses.replace(default, **given)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -57,6 +57,7 @@ PRESENTING = frozenset(
         "parameters",
         "paths",
         "plotting",
+        "ray_engine",
         "records",
         "replication",
         "runner",

@@ -1,4 +1,4 @@
-"""Run chapters with papermill on this machine.
+"""Run chapters with papermill: on this machine, or through `ray_engine` on a cluster.
 
 Every run is a process of its own that executes into a partial file. Only when the runner itself has seen that
 every code cell ran in order and left a valid record does the notebook take its final name, in one step. A failed
@@ -28,7 +28,7 @@ from leantrain import paths
 from leantrain.catalog import Paper
 from leantrain.records import IncompleteRun, finish, freshness, profile_parameters, read_record, run_path, strip_paths
 
-__all__ = ["CELL_TIMEOUT", "Job", "Outcome", "Progress", "plan", "run_jobs"]
+__all__ = ["CELL_TIMEOUT", "Execute", "Job", "Outcome", "Progress", "plan", "run_jobs"]
 
 #: Longest time that one cell may take, in seconds, by profile.
 CELL_TIMEOUT = {"quick": 300, "book": 3600, "paper": 14 * 24 * 3600}
@@ -82,6 +82,9 @@ class Outcome:
 #: Called with (slug, event, fields): started, cell (index, total), finished (outcome).
 Progress = Callable[[str, str, Mapping[str, Any]], None]
 
+#: Executes a job into its partial file. Returns None when every cell was executed, else what went wrong.
+Execute = Callable[[Job, threading.Event, Progress], str | None]
+
 
 def plan(
     paper: Paper,
@@ -118,7 +121,12 @@ def plan(
 
 
 def run_jobs(
-    jobs: Sequence[Job], *, parallel: int = 1, force: bool = False, progress: Progress | None = None
+    jobs: Sequence[Job],
+    *,
+    parallel: int = 1,
+    force: bool = False,
+    progress: Progress | None = None,
+    execute: Execute | None = None,
 ) -> list[Outcome]:
     """Run jobs, a few at a time; one that fails does not stop the others.
 
@@ -127,6 +135,7 @@ def run_jobs(
         parallel: How many at a time; the processor's threads are shared out evenly among them.
         force: Run also what has a fresh, complete result.
         progress: Told of every step.
+        execute: Where a job's cells are run; by default in a process on this machine.
 
     Returns:
         One outcome per job, in order. After an interrupt (Ctrl-C or SIGTERM) running jobs are stopped with all
@@ -143,6 +152,10 @@ def run_jobs(
     for item in enumerate(jobs):
         waiting.put(item)
     stop = threading.Event()
+    threads_each = max(1, (os.cpu_count() or 1) // parallel)
+
+    def here(job: Job, stop: threading.Event, report: Progress) -> str | None:
+        return _execute(job, threads_each, stop, report)
 
     def work() -> None:
         while not stop.is_set():
@@ -150,7 +163,7 @@ def run_jobs(
                 index, job = waiting.get_nowait()
             except queue.Empty:
                 return
-            outcomes[index] = _run(job, max(1, (os.cpu_count() or 1) // parallel), force, stop, report)
+            outcomes[index] = _run(job, execute or here, force, stop, report)
             report(job.paper.slug, "finished", {"outcome": outcomes[index]})
 
     threads = [threading.Thread(target=work) for _ in range(min(parallel, len(jobs)))]
@@ -177,7 +190,7 @@ def _on_signals(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run(job: Job, threads: int, force: bool, stop: threading.Event, report: Progress) -> Outcome:
+def _run(job: Job, execute: Execute, force: bool, stop: threading.Event, report: Progress) -> Outcome:
     started = time.monotonic()
     job.partial.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(job.partial.with_suffix(".lock"))
@@ -187,7 +200,7 @@ def _run(job: Job, threads: int, force: bool, stop: threading.Event, report: Pro
                 _renew_prose(job)
                 return Outcome(job, "fresh")
             report(job.paper.slug, "started", {})
-            cause = _execute(job, threads, stop, report)
+            cause = execute(job, stop, report)
             if cause is None:
                 cause = _publish(job)
     except Timeout:
