@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # Threads that spin for long while they wait slow everything down as soon as the machine is shared.
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: book test env lint unit notebooks dry-runs benchmarks lock clean
+.PHONY: book test env lint unit notebooks dry-runs portable benchmarks lock clean
 
 book: env
 	@$(BIN)/leantrain run --all; ran=$$?; $(BIN)/leantrain book && exit $$ran
@@ -40,6 +40,13 @@ dry-runs: env
 
 notebooks: env
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks/*.ipynb
+
+# Nothing that is checked may depend on the processor: one thread, no AVX-512, and no run kept from an earlier time.
+portable: env
+	@kept=$$(mktemp -d); trap 'rm -rf "$$kept"' EXIT; \
+	LEANTRAIN_BUILD="$$kept" OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks/*.ipynb
 
 benchmarks: env
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from leantrain import book, paths, records
 from leantrain.catalog import load_catalog
+
+PROJECT = Path(__file__).parents[1]
 
 PAPERS = """
 parts:
@@ -213,3 +216,20 @@ def executed(house: House) -> House:
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the whole book's pages, rendered once for all tests that look at them."""
     return book.build(tmp_path_factory.mktemp("rendered")).parent
+
+
+@pytest.fixture
+def small_book(executed: House) -> House:
+    """The small project with the real pages and configuration around its one chapter."""
+    root = executed.root
+    shutil.copy(PROJECT / "_config.yml", root)
+    shutil.copytree(PROJECT / "book" / "_static", root / "book" / "_static")
+    for page in ("index.md", "how-to-read.md", "scoreboard.md", "costs.md", "networks.json", "bibliography.md"):
+        shutil.copy(PROJECT / "book" / page, root / "book")
+    (root / "book" / "parts").mkdir()
+    (root / "book" / "parts" / "first.md").write_text("# Opening\n\n```{paper-list}\n:part: first\n```\n")
+    (root / "book" / "glossary.md").write_text("# Glossary\n\n```{glossary}\ntoken\n  A piece of the input.\n```\n")
+    (root / "book" / "references.bib").write_text(
+        "@misc{toy, title={A toy paper}, author={Author, A.}, year={2023}, howpublished={arXiv}}\n"
+    )
+    return executed

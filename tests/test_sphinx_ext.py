@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,31 +14,12 @@ from leantrain.book import BookError, scoreboard_rows
 from leantrain.catalog import Quantity, load_catalog
 from leantrain.records import finish, read_record
 
-PROJECT = Path(__file__).parents[1]
-
 PROSE = """
 ## Prose
 
 We found {result}`toy.answer` and {result}`toy.large/main`, so {verdict}`toy.answer`; later {result}`other.claim`.
 The softmax is $e^{x}$. See {cite:t}`toy`.
 """
-
-
-@pytest.fixture
-def small_book(executed):
-    """The small project with the real pages and configuration around its one chapter."""
-    root = executed.root
-    shutil.copy(PROJECT / "_config.yml", root)
-    shutil.copytree(PROJECT / "book" / "_static", root / "book" / "_static")
-    for page in ("index.md", "how-to-read.md", "scoreboard.md", "costs.md", "networks.json", "bibliography.md"):
-        shutil.copy(PROJECT / "book" / page, root / "book")
-    (root / "book" / "parts").mkdir()
-    (root / "book" / "parts" / "first.md").write_text("# Opening\n\n```{paper-list}\n:part: first\n```\n")
-    (root / "book" / "glossary.md").write_text("# Glossary\n\n```{glossary}\ntoken\n  A piece of the input.\n```\n")
-    (root / "book" / "references.bib").write_text(
-        "@misc{toy, title={A toy paper}, author={Author, A.}, year={2023}, howpublished={arXiv}}\n"
-    )
-    return executed
 
 
 def add_prose(house, text):

@@ -16,10 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from leantrain import paths
+from leantrain.strict_yaml import UnreadableYaml, read_yaml
 
 __all__ = [
     "Catalog",
@@ -349,15 +349,14 @@ def load_catalog(path: Path | None = None) -> Catalog:
         path: The file; by default `book/papers.yml`.
 
     Raises:
-        CatalogError: If the file is missing, is no YAML, or a row is not sound; all faults are named at once.
+        CatalogError: If the file is missing, is no YAML, gives a key twice, or a row is not sound; all unsound rows
+            are named at once.
     """
     path = path or paths.CATALOG
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except OSError as error:
-        raise CatalogError(f"cannot read the catalogue {path.name}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{path.name} is no valid YAML: {error}") from None
+        raw = read_yaml(path, "the catalogue")
+    except UnreadableYaml as error:
+        raise CatalogError(str(error)) from None
     if not isinstance(raw, dict):
         raise CatalogError(f"{path.name} must hold a mapping with 'parts' and 'papers', not {type(raw).__name__}")
     try:

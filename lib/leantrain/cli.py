@@ -265,6 +265,11 @@ class _display:
                 click.echo(f"{time.strftime('%H:%M:%S')} {slug}: {outcome.status}{seconds}", err=True)
 
 
+def _shown(path: Path) -> Path:
+    """A path as a reader of the project sees it; one that lies elsewhere in full."""
+    return path.relative_to(paths.ROOT) if path.is_relative_to(paths.ROOT) else path
+
+
 def _summary(outcomes: Sequence[Outcome]) -> None:
     rows = []
     for outcome in outcomes:
@@ -283,7 +288,7 @@ def _summary(outcomes: Sequence[Outcome]) -> None:
         elif not outcome.ok:
             click.secho(f"{outcome.job.paper.slug}: {outcome.status}: {outcome.cause}", fg="red", err=True)
             if outcome.job.partial.exists():
-                kept = outcome.job.partial.relative_to(paths.ROOT)
+                kept = _shown(outcome.job.partial)
                 click.echo(f"  what there is of it: {kept} (marked incomplete)", err=True)
 
 
@@ -357,7 +362,7 @@ def book(pdf: bool) -> None:
         page = rendering.build_pdf() if pdf else rendering.build()
     except rendering.BookError as error:
         raise _Failure(str(error)) from None
-    click.echo(f"The book is at {page.relative_to(paths.ROOT)}")
+    click.echo(f"The book is at {_shown(page)}")
 
 
 if __name__ == "__main__":

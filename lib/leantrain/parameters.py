@@ -19,13 +19,14 @@ import io
 import json
 import math
 import re
+import reprlib
 import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from leantrain.strict_yaml import UnreadableYaml, read_yaml
 
 __all__ = [
     "RESOURCES",
@@ -51,6 +52,8 @@ _TYPES: dict[str, tuple[type, bool]] = {
     "list[float]": (float, True),
     "list[str]": (str, True),
 }
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
 _RANGE = re.compile(r"^(\S+) to (\S+)$")
 
 
@@ -120,7 +123,10 @@ class Parameter:
 
     def _check_one(self, value: object, kind: type, whole: object) -> Any:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError:
+                raise self._error(whole, "it is not finite") from None
         if type(value) is not kind:
             hint = "YAML reads 1e-3 as text; write 1.0e-3" if isinstance(value, str) and _is_number(value) else ""
             raise self._error(whole, hint)
@@ -158,7 +164,10 @@ class Parameter:
             raise self._error(whole) from None
 
     def _error(self, value: object, why: str = "") -> ParameterError:
-        given = f"{value!r:.80} ({type(value).__name__})"
+        try:
+            given = f"{_SHORT.repr(value):.80} ({type(value).__name__})"
+        except ValueError:  # Python does not write numbers of more than 4,300 digits
+            given = f"a very long number ({type(value).__name__})"
         return ParameterError(
             f"parameter {self.name!r} was given {given}; expected {self.expected}{'; ' + why if why else ''}"
         )
@@ -179,15 +188,20 @@ def parse_parameters(source: str) -> dict[str, Parameter]:
         source: The cell's code.
 
     Raises:
-        ParameterError: If a line is no annotated assignment of a plain value, has no range, or its default breaks it.
+        ParameterError: If it is no Python, or a line is no annotated assignment of a plain value, has no range or a
+            default that breaks it, or names a parameter again.
     """
-    comments = {
-        token.start[0]: token.string.lstrip("# ").strip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    try:
+        lines = ast.parse(source).body
+        comments = {
+            token.start[0]: token.string.lstrip("# ").strip()
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+    except (SyntaxError, ValueError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        raise ParameterError(f"parameters cell: no valid Python: {error}") from None
     found: dict[str, Parameter] = {}
-    for node in ast.parse(source).body:
+    for node in lines:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.value is None:
             line = ast.unparse(node)
             raise ParameterError(f"parameters cell: {line!r} must read `name: type = value  # meaning; range`")
@@ -196,10 +210,12 @@ def parse_parameters(source: str) -> dict[str, Parameter]:
             raise ParameterError(f"parameter {name!r} has the type {annotation}; expected one of {', '.join(_TYPES)}")
         try:
             default = ast.literal_eval(node.value)
-        except ValueError:
+        except (ValueError, TypeError, RecursionError, MemoryError):
             raise ParameterError(
                 f"parameter {name!r} must have a plain value, not {ast.unparse(node.value)!r}"
             ) from None
+        if name in found:
+            raise ParameterError(f"parameter {name!r} stands twice in the parameters cell")
         parameter = _with_range(name, annotation, default, comments.get(node.end_lineno or 0, ""))
         found[name] = Parameter(**{**parameter.__dict__, "default": parameter.check(default)})
     return found
@@ -231,13 +247,21 @@ def parameters_of(notebook: Path) -> dict[str, Parameter]:
     """The parameters of a chapter's source.
 
     Raises:
-        ParameterError: If the notebook has no cell tagged `parameters`, or more than one, or a faulty one.
+        ParameterError: If the notebook cannot be read, has no cell tagged `parameters`, or more than one, or a faulty
+            one.
     """
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    tagged = [c for c in cells if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])]
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        tagged = [
+            "".join(c["source"])
+            for c in cells
+            if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ParameterError(f"{notebook.name} is no readable notebook") from None
     if len(tagged) != 1:
         raise ParameterError(f"{notebook.name} must have one cell tagged 'parameters', it has {len(tagged)}")
-    return parse_parameters("".join(tagged[0]["source"]))
+    return parse_parameters(tagged[0])
 
 
 def check_parameters(known: Mapping[str, Parameter], given: Mapping[str, object]) -> dict[str, Any]:
@@ -272,7 +296,7 @@ def read_profile(path: Path) -> dict[str, Any]:
     """Read a papermill parameter file, without what it says of resources.
 
     Raises:
-        ParameterError: If it is missing or no YAML mapping.
+        ParameterError: If it is missing, no YAML mapping, or gives a parameter twice.
     """
     return {name: value for name, value in _read_mapping(path).items() if name != RESOURCES}
 
@@ -300,11 +324,9 @@ def read_resources(path: Path, default: Resources) -> Resources:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ParameterError(f"cannot read the profile file {path.name}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"the profile file {path.name} is no valid YAML: {error}") from None
+        values = read_yaml(path, "the profile file")
+    except UnreadableYaml as error:
+        raise ParameterError(str(error)) from None
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise ParameterError(f"the profile file {path.name} must map parameter names to values")
     return values

@@ -20,9 +20,18 @@ __all__ = [
     "write_if_changed",
 ]
 
+
+def _folder(variable: str, default: Path) -> Path:
+    """The folder that an environment variable names, in full: a kernel does not work where the runner does."""
+    named = os.environ.get(variable)
+    return Path(named).expanduser().absolute() if named else default
+
+
 #: The folder that holds the README; `LEANTRAIN_ROOT` moves it (the tests do).
-ROOT = Path(os.environ.get("LEANTRAIN_ROOT") or Path(__file__).resolve().parents[2])
-BUILD = ROOT / "_build"
+ROOT = _folder("LEANTRAIN_ROOT", Path(__file__).resolve().parents[2])
+#: Runs, and the finished parts of experiments; `LEANTRAIN_BUILD` moves it, to start from nothing, or to leave a
+#: tree alone that cannot be written to.
+BUILD = _folder("LEANTRAIN_BUILD", ROOT / "_build")
 CATALOG = ROOT / "book" / "papers.yml"
 NETWORK_COSTS = ROOT / "book" / "networks.json"
 CHAPTERS = ROOT / "book" / "chapters"

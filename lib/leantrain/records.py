@@ -63,6 +63,7 @@ PRESENTING = frozenset(
         "runner",
         "scaffold",
         "sphinx_ext",
+        "strict_yaml",
         "worker",
     ]
 )
@@ -400,15 +401,22 @@ def read_record(path: Path) -> Record:
         stamp = notebook["metadata"].get("leantrain", {})
     except FileNotFoundError:
         raise IncompleteRun(f"{path.name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise IncompleteRun(f"{path.name} is no readable notebook") from None
-    if not stamp.get("complete"):
-        raise IncompleteRun(f"{path.name} is not complete: {stamp.get('cause', 'it has no completion stamp')}")
-    check_executed(notebook)
-    raw = _record_json(notebook)
+    if not isinstance(stamp, dict) or not stamp.get("complete"):
+        raise IncompleteRun(f"{path.name} is not complete: {_cause(stamp)}")
+    try:
+        check_executed(notebook)
+        raw = _record_json(notebook)
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise IncompleteRun(f"{path.name} is no readable notebook") from None
     if _digest(raw) != stamp.get("record_sha256"):
         raise IncompleteRun(f"{path.name}: the record was changed after the run")
     return _parse(raw)
+
+
+def _cause(stamp: object) -> object:
+    return stamp.get("cause", "it has no completion stamp") if isinstance(stamp, dict) else "its stamp is none"
 
 
 def published_records(catalog: Catalog, profile: Profile | None = None) -> dict[str, Record]:
@@ -430,4 +438,9 @@ def run_path(paper: Paper, profile: str) -> Path:
 
 def strip_paths(text: str) -> str:
     """Replace the project's folder and the home folder in a message, so that no output names a machine's paths."""
-    return re.sub(re.escape(str(Path.home())) + r"(?=/)", "~", text.replace(str(paths.ROOT) + "/", ""))
+    text = text.replace(str(paths.ROOT) + "/", "")
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # an account without an entry, and no HOME
+        return text
+    return re.sub(re.escape(home) + r"(?=/)", "~", text)

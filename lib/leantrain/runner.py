@@ -2,7 +2,8 @@
 
 Every run is a process of its own that executes into a partial file. Only when the runner itself has seen that
 every code cell ran in order and left a valid record does the notebook take its final name, in one step. A failed
-run leaves the partial file, marked incomplete with the cause, beside the untouched older result.
+run leaves the partial file, marked incomplete with the cause, beside the untouched older result. Every process of a
+run carries its mark: none outlives the run, and what a runner that was itself killed left behind is ended by the next.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from leantrain import paths
 from leantrain.catalog import Paper
 from leantrain.records import IncompleteRun, finish, freshness, profile_parameters, read_record, run_path, strip_paths
@@ -32,6 +32,9 @@ __all__ = ["CELL_TIMEOUT", "Execute", "Job", "Outcome", "Progress", "plan", "run
 
 #: Longest time that one cell may take, in seconds, by profile.
 CELL_TIMEOUT = {"quick": 300, "book": 3600, "paper": 14 * 24 * 3600}
+
+#: Environment variable that every process of a run inherits; it names the run's partial file, which is its own alone.
+_MARK = "LEANTRAIN_RUN"
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,11 @@ def run_jobs(
                 index, job = waiting.get_nowait()
             except queue.Empty:
                 return
-            outcomes[index] = _run(job, execute or here, force, stop, report)
+            try:
+                outcomes[index] = _run(job, execute or here, force, stop, report)
+            # A file that is being edited, say: such a job must not pass for one that was not started.
+            except Exception as error:
+                outcomes[index] = Outcome(job, "failed", strip_paths(f"{type(error).__name__}: {error}"))
             report(job.paper.slug, "finished", {"outcome": outcomes[index]})
 
     threads = [threading.Thread(target=work) for _ in range(min(parallel, len(jobs)))]
@@ -191,16 +198,26 @@ def _on_signals(stop: threading.Event) -> Iterator[None]:
 
 
 def _run(job: Job, execute: Execute, force: bool, stop: threading.Event, report: Progress) -> Outcome:
+    from filelock import FileLock, Timeout  # writes and removes probes when it is imported
+
     started = time.monotonic()
-    job.partial.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(job.partial.with_suffix(".lock"))
     try:
+        job.partial.parent.mkdir(parents=True, exist_ok=True)
         with lock.acquire(timeout=0):
+            _end_processes(job)
             if not force and not job.store and _is_fresh(job):
                 _renew_prose(job)
                 return Outcome(job, "fresh")
             report(job.paper.slug, "started", {})
-            cause = execute(job, stop, report)
+            # What an older run left must not pass for a part of this one.
+            for file in (job.partial, *job.target.parent.glob(f".{job.target.name}.*.part")):
+                file.unlink(missing_ok=True)
+            shutil.rmtree(_scratch(job), ignore_errors=True)
+            try:
+                cause = execute(job, stop, report)
+            finally:
+                shutil.rmtree(_scratch(job), ignore_errors=True)
             if cause is None:
                 cause = _publish(job)
     except Timeout:
@@ -214,6 +231,39 @@ def _run(job: Job, execute: Execute, force: bool, stop: threading.Event, report:
     cause = strip_paths(cause)
     _mark_incomplete(job.partial, cause)
     return Outcome(job, "stopped" if stop.is_set() else "failed", cause, seconds)
+
+
+def _scratch(job: Job) -> Path:
+    """Where a run's kernel keeps its connection file and settings: the home folder may be read-only."""
+    return job.partial.with_suffix(".scratch")
+
+
+def _end_processes(job: Job) -> None:
+    """End what still runs of a job: the caller holds its lock, so no live runner can own such a process."""
+    import psutil
+
+    me = psutil.Process()
+    spared = {me.pid, *(parent.pid for parent in me.parents())}
+    left = []
+    for process in psutil.process_iter():
+        # Processes of others cannot be looked into, and some end while they are looked at.
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid not in spared and process.environ().get(_MARK) == str(job.partial):
+                process.kill()
+                left.append(process)
+    end = time.monotonic() + 10
+    while time.monotonic() < end and any(_runs(process) for process in left):
+        time.sleep(0.02)
+
+
+def _runs(process: Any) -> bool:
+    import psutil
+
+    try:
+        # One that has ended stays in the table until its parent asks; some parents never do.
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _is_fresh(job: Job) -> bool:
@@ -252,7 +302,13 @@ def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) ->
         "cwd": str(paths.ROOT),
         "cell_timeout": job.cell_timeout,
     }
-    environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1", "LEANTRAIN_ROOT": str(paths.ROOT)}
+    environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1", _MARK: str(job.partial)}
+    environment |= {"LEANTRAIN_ROOT": str(paths.ROOT), "LEANTRAIN_BUILD": str(paths.BUILD)}
+    # The reader's own start-up files and settings of IPython have no place in a run that others shall repeat.
+    environment |= {"JUPYTER_RUNTIME_DIR": str(_scratch(job)), "IPYTHONDIR": str(_scratch(job))}
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        # Matplotlib would say in every chapter where it keeps its fonts instead.
+        environment.setdefault("MPLCONFIGDIR", str(paths.BUILD / "matplotlib"))
     # tqdm advises every notebook to install widgets, with a path of this machine in the message.
     environment["PYTHONWARNINGS"] = "ignore:IProgress not found"
     # Threads that spin for long while they wait make a small model tenfold slower as soon as something else runs.
@@ -272,28 +328,37 @@ def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) ->
     watcher = threading.Thread(target=_stop_when_asked, args=(process, stop), daemon=True)
     watcher.start()
     errors: list[str] = []
-    drain = threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True)
-    drain.start()
-    cause: str | None = None
-    assert process.stdout is not None
-    for line in process.stdout:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if event["event"] == "cell":
-            report(job.paper.slug, "cell", {"index": event["index"] + 1, "total": event["total"]})
-        elif event["event"] == "failed":
-            cause = event["cause"]
+    causes: list[str] = []
+
+    def follow() -> None:
+        for line in process.stdout or ():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if event["event"] == "cell":
+                report(job.paper.slug, "cell", {"index": event["index"] + 1, "total": event["total"]})
+            elif event["event"] == "failed":
+                causes.append(event["cause"])
+
+    readers = [
+        threading.Thread(target=follow, daemon=True),
+        threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
     code = process.wait()
-    drain.join(5)
+    # What the worker left behind would keep its pipes open.
+    _end_processes(job)
+    for reader in readers:
+        reader.join(5)
     if stop.is_set():
         return "interrupted"
     if code == 0:
         return None
-    if code < 0:
-        return f"the run was killed by {signal.Signals(-code).name}"
-    return cause or (errors[-1].strip() if errors else f"the run ended with exit status {code}")
+    if code < 0 or code == 128 + signal.SIGTERM:
+        return f"the run was killed by {signal.Signals(-code if code < 0 else code - 128).name}"
+    return causes[-1] if causes else (errors[-1].strip() if errors else f"the run ended with exit status {code}")
 
 
 def _stop_when_asked(process: subprocess.Popen[str], stop: threading.Event) -> None:

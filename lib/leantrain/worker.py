@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 __all__ = ["main"]
@@ -33,7 +34,20 @@ def _stop(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
-def _register_engine() -> None:
+def _literal(path: str) -> str:
+    """A path that papermill, which fills parameters into paths, leaves as it is."""
+    return path.replace("{", "{{").replace("}", "}}")
+
+
+def _place(sources: Sequence[str]) -> str:
+    """Names the last of the cells that were started; empty if none was."""
+    if not sources:
+        return ""
+    line = next((line for line in sources[-1].splitlines() if line.strip()), "")
+    return f" (in the cell that begins {line[:60]!r})"
+
+
+def _register_engine(started_cells: list[str]) -> None:
     from papermill.engines import NBClientEngine, papermill_engines
 
     class ReportingEngine(NBClientEngine):
@@ -45,6 +59,7 @@ def _register_engine() -> None:
 
             def cell_start(cell: Any, cell_index: int | None = None, **rest: Any) -> None:
                 if cell.cell_type == "code":
+                    started_cells.append(cell.source)
                     _report("cell", index=cell_index, total=len(nb_man.nb.cells))
                 started(cell, cell_index, **rest)
 
@@ -68,12 +83,13 @@ def main() -> int:
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
+    cells: list[str] = []
     try:
         KernelSpecManager().get_kernel_spec(spec["kernel"])
-        _register_engine()
+        _register_engine(cells)
         papermill.execute_notebook(
-            spec["source"],
-            spec["output"],
+            _literal(spec["source"]),
+            _literal(spec["output"]),
             parameters=spec["parameters"],
             engine_name="leantrain",
             kernel_name=spec["kernel"],
@@ -84,12 +100,12 @@ def main() -> int:
             execution_timeout=spec["cell_timeout"],
         )
     except papermill.PapermillExecutionError as error:
-        line = next((line for line in error.source.splitlines() if line.strip()), "")
-        _report("failed", cause=f"{error.ename}: {error.evalue} (in the cell that begins {line[:60]!r})")
+        _report("failed", cause=f"{error.ename}: {error.evalue}{_place([error.source])}")
     except DeadKernelError:
-        _report("failed", cause="the kernel died (out of memory, or killed)")
+        _report("failed", cause=f"the kernel died: out of memory, or killed{_place(cells)}")
     except CellTimeoutError:
-        _report("failed", cause=f"a cell ran longer than the limit of {spec['cell_timeout']} s")
+        limit = spec["cell_timeout"]
+        _report("failed", cause=f"a cell ran longer than the limit of {limit} s{_place(cells)}")
     except NoSuchKernel as error:
         _report("failed", cause=f"no Jupyter kernel is named {error.name!r}; `make env` installs the project's own")
     except OSError as error:
