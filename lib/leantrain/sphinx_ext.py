@@ -573,7 +573,10 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.add_node(
         Fold,
         html=(_visit_fold, _depart_fold),
-        **dict.fromkeys(("latex", "text", "man", "texinfo"), (_unfolded, _unfolded)),
+        latex=(_unfolded, None),
+        text=(_unfolded, None),
+        man=(_unfolded, None),
+        texinfo=(_unfolded, None),
     )
     app.add_directive("scoreboard", ScoreboardDirective)
     app.add_directive("tally", TallyDirective)

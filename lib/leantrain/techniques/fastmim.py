@@ -35,10 +35,10 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.layers import DropPath, build_sincos2d_pos_embed
+from timm.layers import DropPath, build_sincos2d_pos_embed  # type: ignore[attr-defined]
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Block, VisionTransformer
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -355,7 +355,7 @@ def swin_encoder(
 
 def _stride(encoder: Encoder) -> int:
     """Pixels along what one token of the output stands for."""
-    return int(encoder.feature_info[-1]["reduction"])
+    return int(encoder.feature_info[-1]["reduction"])  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- models
@@ -409,23 +409,23 @@ class FastMIM(nn.Module):
                 f"decoder of {decoder_depth} blocks, width {decoder_width}, {decoder_heads} heads: expected positive "
                 "numbers (0 blocks for a linear layer) and heads that divide the width"
             )
-        channels = encoder.patch_embed.proj.in_channels
+        channels = encoder.patch_embed.proj.in_channels  # type: ignore[union-attr]
         self.encoder = encoder
         self.target, self.cell, self.mask_ratio = target, cell, mask_ratio
-        self.mask_token = nn.Parameter(torch.empty(1, channels, 1, 1).normal_(std=0.02))
+        self.mask_token = nn.Parameter(torch.empty(1, channels, 1, 1).normal_(std=0.02))  # type: ignore[arg-type]
         side = self.block // cell
-        outputs = side * side * channels * 9 if target == "hog" else self.block**2 * channels
+        outputs = side * side * channels * 9 if target == "hog" else self.block**2 * channels  # type: ignore[operator]
         width = encoder.num_features if decoder_depth == 0 else decoder_width
         layers: list[nn.Module] = []
         if decoder_depth:
             layers = [nn.Linear(encoder.num_features, width), *_blocks(width, decoder_depth, decoder_heads)]
             layers.append(nn.LayerNorm(width, eps=1e-6))
-        self.decoder = nn.Sequential(*layers, nn.Linear(width, outputs))
+        self.decoder = nn.Sequential(*layers, nn.Linear(width, outputs))  # type: ignore[arg-type]
 
     @property
     def image_size(self) -> int:
         """Pixels along the images that the encoder takes."""
-        return int(self.encoder.patch_embed.img_size[0])
+        return int(self.encoder.patch_embed.img_size[0])  # type: ignore[index]
 
     def set_resolution(self, size: int) -> None:
         """Take images of another size from now on; the position embeddings are interpolated.
@@ -530,9 +530,9 @@ class MaskedAutoencoder(nn.Module):
             mask = random_mask(len(x), self.grid, self.mask_ratio, device=x.device)
         keep = math.floor(self.grid**2 * (1 - self.mask_ratio) + 1e-9)
         order = mask.flatten(1).long().argsort(dim=1, stable=True)  # visible ones first
-        tokens = self.encoder.patch_embed(x) + self.encoder.pos_embed[:, 1:]
+        tokens = self.encoder.patch_embed(x) + self.encoder.pos_embed[:, 1:]  # type: ignore[index]
         visible = tokens.gather(1, order[:, :keep, None].expand(-1, -1, tokens.shape[2]))
-        start = (self.encoder.cls_token + self.encoder.pos_embed[:, :1]).expand(len(x), -1, -1)
+        start = (self.encoder.cls_token + self.encoder.pos_embed[:, :1]).expand(len(x), -1, -1)  # type: ignore[index, operator]
         seen = self.embed(self.encoder.norm(self.encoder.blocks(torch.cat([start, visible], 1))))
         hidden = self.mask_token.expand(len(x), tokens.shape[1] - keep, -1)
         back = order.argsort(1)[:, :, None].expand(-1, -1, seen.shape[2])
@@ -609,7 +609,7 @@ def transfer(
     model = copy.deepcopy(encoder)
     if isinstance(model, VisionTransformer):
         model.set_input_size(img_size=(image_size, image_size))
-        model.pos_embed.requires_grad_(True)
+        model.pos_embed.requires_grad_(True)  # type: ignore[union-attr]
         model.norm, model.fc_norm = nn.Identity(), nn.LayerNorm(model.num_features, eps=1e-6)
         blocks = list(model.blocks)
     else:
@@ -617,7 +617,7 @@ def transfer(
         if (image_size // stride) % side:
             raise ValueError(f"window {side}: expected a divisor of the last map, {image_size // stride} tokens")
         model.set_input_size(img_size=(image_size, image_size), window_size=side)
-        blocks = [block for stage in model.layers for block in stage.blocks]
+        blocks = [block for stage in model.layers for block in stage.blocks]  # type: ignore[union-attr]
     model.reset_classifier(num_classes, global_pool="avg")
     head = model.get_classifier()
     nn.init.trunc_normal_(head.weight, std=0.02)
