@@ -227,7 +227,9 @@ def digit_scenes(
     def make(split: str, count: int, classes: int, draws: torch.Generator) -> Iterator[Scene]:
         for _ in range(count):
             low, high = recipe.objects
-            labels = torch.randint(1, classes + 1, (int(torch.randint(low, high + 1, (), generator=draws)),), generator=draws)
+            labels = torch.randint(
+                1, classes + 1, (int(torch.randint(low, high + 1, (), generator=draws)),), generator=draws
+            )
             yield recipe.scene([draw(split, int(y), draws) for y in labels], labels.tolist(), draws)
 
     def shots(k: int, seed: int) -> list[Scene]:
@@ -236,7 +238,9 @@ def digit_scenes(
         return [recipe.scene([draw("train", label, draws)], [label], draws) for label in labels]
 
     def scenes(split: str, count: int) -> list[Scene]:
-        return list(make("test" if split == "test" else "train", count, 10, epoch_generator(0, 0, f"digit scenes, {split}")))
+        return list(
+            make("test" if split == "test" else "train", count, 10, epoch_generator(0, 0, f"digit scenes, {split}"))
+        )
 
     def train_batches(seed: int, epoch: int) -> Iterator[DetectionBatch]:
         count = min(train_size, train_batch_count(train_size, batch_size) * batch_size)
@@ -346,7 +350,9 @@ def labelled_pictures(
     if name not in _PICTURES:
         raise ValueError(f"name={name!r}: expected one of {', '.join(_PICTURES)}")
     if size < 16 or batch_size < 1 or min(train_size or 1, val_size or 1) < 1:
-        raise ValueError(f"{size=}, {batch_size=}, {train_size=}, {val_size=}: expected 16 pixels, and at least 1 of each")
+        raise ValueError(
+            f"{size=}, {batch_size=}, {train_size=}, {val_size=}: expected 16 pixels, and at least 1 of each"
+        )
     one = _PICTURES[name]
     if stand_in:
         return _stand_in(name, one, size, batch_size)
@@ -355,9 +361,7 @@ def labelled_pictures(
         split: [picture for folder, part in parts for picture in _listed(home / folder, part, one.classes)]
         for split, parts in (("train", one.train), ("val", (one.val,)), ("test", (one.test,)))
     }
-    base, base_val = (
-        [p for p in lists[split] if p.labels and max(p.labels) <= one.base] for split in ("train", "val")
-    )
+    base, base_val = ([p for p in lists[split] if p.labels and max(p.labels) <= one.base] for split in ("train", "val"))
     if not base or not base_val:
         raise CorruptData(f"{dataset(name).title} has no pictures of base classes alone")
     count = len(base) if train_size is None else train_size
@@ -456,7 +460,9 @@ def _stand_in(name: str, one: _Pictures, size: int, batch_size: int) -> Detectio
         name=name,
         classes=one.classes,
         base=one.base,
-        shots=lambda k, seed: [make([y], epoch_generator(seed, y, "shots")) for y in range(1, 1 + len(one.classes)) for _ in range(k)],
+        shots=lambda k, seed: [
+            make([y], epoch_generator(seed, y, "shots")) for y in range(1, 1 + len(one.classes)) for _ in range(k)
+        ],
         scenes=lambda split, count: list(several(count or 4, len(one.classes))),
         checksums={},
         batch_size=batch_size,

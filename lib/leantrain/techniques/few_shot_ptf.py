@@ -37,12 +37,14 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
 
+from leantrain.training.diverged import Diverged
 from leantrain.training.scheduled import ScheduledModule
 
 __all__ = [
     "BaseTraining",
     "BoxPredictor",
     "CosineLinear",
+    "Episode",
     "Regions",
     "Start",
     "average_precision",
@@ -53,10 +55,13 @@ __all__ = [
     "frozen_detector",
     "inherited_rows",
     "length_factor",
+    "objects_of",
     "small_detector",
     "standard_detector",
     "start_predictor",
     "steps_to_reach",
+    "transfer_loss",
+    "views_of",
 ]
 
 #: What the rows of new classes start from; `cosine` and `imprinted` have a cosine classifier.
@@ -227,7 +232,7 @@ def small_detector(
     widths: Sequence[int] = (24, 48, 96, 96),
     dim: int = 256,
     anchors: Sequence[int] = (16, 24, 32, 48),
-    proposals: int = 50,
+    proposals: int = 100,
     score_threshold: float = 0.01,
 ) -> FasterRCNN:
     """torchvision's Faster R-CNN on a small backbone with one level of stride 8, for small images.
@@ -274,7 +279,11 @@ def small_detector(
 
 
 def standard_detector(
-    classes: int, *, side: int = 800, network: Literal["resnet50", "resnet101"] = "resnet101", score_threshold: float = 0.01
+    classes: int,
+    *,
+    side: int = 800,
+    network: Literal["resnet50", "resnet101"] = "resnet101",
+    score_threshold: float = 0.01,
 ) -> FasterRCNN:
     """Faster R-CNN on a ResNet with a feature pyramid, as in the paper, from random weights.
 
@@ -286,15 +295,19 @@ def standard_detector(
     """
     backbone = resnet_fpn_backbone(backbone_name=network, weights=None, trainable_layers=5)
     return FasterRCNN(
-        backbone, min_size=side, max_size=5 * side // 3, box_predictor=BoxPredictor(1024, classes), box_score_thresh=score_threshold
+        backbone,
+        min_size=side,
+        max_size=5 * side // 3,
+        box_predictor=BoxPredictor(1024, classes),
+        box_score_thresh=score_threshold,
     )
 
 
 class BaseTraining(ScheduledModule):
     """Train a detector on base classes with torchvision's four losses.
 
-    Logs ``train_loss``, and once an epoch ``val_ap``, the average precision over classes in per cent, on up to
-    `checked` validation images.
+    Logs ``train_loss``, and once an epoch ``val_ap``, the mean over classes of the average precision on the validation
+    images, in per cent.
 
     Args:
         model: The detector.
@@ -303,7 +316,9 @@ class BaseTraining(ScheduledModule):
         clip: Largest norm of the gradient.
     """
 
-    def __init__(self, model: FasterRCNN, optimizer: Any, *, warmup_fraction: float = 0.1, clip: float | None = 10.0) -> None:
+    def __init__(
+        self, model: FasterRCNN, optimizer: Any, *, warmup_fraction: float = 0.1, clip: float | None = 10.0
+    ) -> None:
         super().__init__(model, optimizer, warmup_fraction=warmup_fraction, clip=clip)
         self._found: list[dict[str, Tensor]] = []
         self._truth: list[dict[str, Tensor]] = []
@@ -395,7 +410,9 @@ def encode(model: FasterRCNN, scenes: Iterable[Scene], *, train: bool, batch_siz
         )
         truths = [t["boxes"][m] if len(t["boxes"]) else p for t, m, p in zip(targets, matched, proposals, strict=True)]
         deltas = heads.box_coder.encode(truths, proposals)
-        features = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes)).split([len(p) for p in proposals])
+        features = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes)).split(
+            [len(p) for p in proposals]
+        )
         parts = zip(features, proposals, labels, deltas, images.image_sizes, targets, own, strict=True)
         found += [Regions(*one) for one in parts]
     return found
@@ -445,10 +462,13 @@ def fine_tune(
         The steps taken and the predictor, for each of `at`.
 
     Raises:
+        Diverged: If the loss is infinite or not a number.
         ValueError: If a number is out of range.
     """
     if list(at) != sorted(set(at)) or not at or at[0] < 0 or not regions or not (rate > 0 and 0 <= momentum < 1):
-        raise ValueError(f"{at=}, {rate=}, {momentum=}, {len(regions)} images: expected rising steps and positive numbers")
+        raise ValueError(
+            f"{at=}, {rate=}, {momentum=}, {len(regions)} images: expected rising steps and positive numbers"
+        )
     optimizer = torch.optim.SGD(predictor.parameters(), lr=rate, momentum=momentum)
     draws = torch.Generator().manual_seed(seed)
     for step in range(at[-1] + 1):
@@ -458,6 +478,8 @@ def fine_tune(
             return
         chosen = [regions[i] for i in torch.randint(len(regions), (batch_size,), generator=draws).tolist()]
         loss = transfer_loss(heads, predictor, chosen, seed=int(torch.randint(2**31, (), generator=draws)))
+        if not torch.isfinite(loss):
+            raise Diverged(step, loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -509,6 +531,107 @@ def average_precision(
     values = torch.zeros(classes)
     values[result["classes"].reshape(-1).long() - 1] = 100 * result["map_per_class"].reshape(-1).clamp(min=0).float()
     return values
+
+
+def views_of(scenes: Iterable[Scene], count: int, *, seed: int = 0) -> list[Scene]:
+    """Each scene as it is, and at other brightness, by a factor of 0.7 to 1.3.
+
+    Args:
+        scenes: Images from 0 to 1, with targets.
+        count: Views of each, at least 1; the first is the scene itself.
+        seed: Of the factors.
+    """
+    if count < 1:
+        raise ValueError(f"count={count}: expected at least one view of a scene")
+    draws = torch.Generator().manual_seed(seed)
+    rows = list(scenes)
+    others = [
+        ((image * (0.7 + 0.6 * torch.rand((), generator=draws))).clamp(0, 1), target)
+        for image, target in rows
+        for _ in range(count - 1)
+    ]
+    return rows + others
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A few-shot task: a frozen detector of base classes, and what it computes of the few shots.
+
+    Attributes:
+        heads: The detector's.
+        base: Its trained predictor.
+        regions: Those of all views of the shots.
+        classes: C, base and new.
+    """
+
+    heads: RoIHeads
+    base: BoxPredictor
+    regions: list[Regions]
+    classes: int
+
+    @classmethod
+    def of(cls, model: FasterRCNN, shots: Iterable[Scene], classes: int, *, views: int = 1, seed: int = 0) -> Episode:
+        """Encode the shots.
+
+        Args:
+            model: From `frozen_detector`, trained on the base classes.
+            shots: Scenes with K labelled objects of each class, base and new.
+            classes: C.
+            views: See `views_of`.
+            seed: Of the views.
+        """
+        heads = cast(RoIHeads, model.roi_heads)
+        regions = encode(model, views_of(shots, views, seed=seed), train=True)
+        return cls(heads, cast(BoxPredictor, heads.box_predictor), regions, classes)
+
+    def means(self, *, unit: bool = False) -> Tensor:
+        """Mean features of all classes, ``(C, d)``; of features of length 1 if `unit`."""
+        z, labels = objects_of(self.regions)
+        return class_means(F.normalize(z, dim=1) if unit else z, labels, self.classes)
+
+    def start(self, start: Start, *, seed: int = 0) -> BoxPredictor:
+        """The predictor before fine-tuning, see `start_predictor`."""
+        return start_predictor(start, self.base, self.means(unit=start == "imprinted"), seed=seed)
+
+    def precision(self, predictor: nn.Module, scored: Sequence[Regions]) -> dict[str, float]:
+        """Mean average precision on stored images, `base` and `novel` classes apart, in per cent."""
+        values = average_precision(detect(self.heads, predictor, scored), [one.truth for one in scored], self.classes)
+        count = self.base.classes
+        return {"base": values[:count].mean().item(), "novel": values[count:].mean().item()}
+
+    def run(
+        self,
+        start: Start,
+        scored: Sequence[Regions],
+        *,
+        at: Sequence[int],
+        rate: float,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> list[dict[str, Any]]:
+        """Fine-tune from a start and measure on the way.
+
+        Args:
+            start: See `start_predictor`.
+            scored: Images to measure on, from `encode` with ``train=False``.
+            at: Numbers of steps, rising, after which to measure.
+            rate: Learning rate.
+            batch_size: Views in a step.
+            seed: Fixes the random rows and the order of the views.
+
+        Returns:
+            A row for each of `at`: step, base, novel, diverged. After a run has diverged, its precision counts as 0.
+        """
+        rows: list[dict[str, Any]] = []
+        tuning = fine_tune(
+            self.heads, self.start(start, seed=seed), self.regions, at=at, rate=rate, batch_size=batch_size, seed=seed
+        )
+        try:
+            for step, predictor in tuning:
+                rows.append({"step": step, **self.precision(predictor, scored), "diverged": False})
+        except Diverged:
+            rows += [{"step": step, "base": 0.0, "novel": 0.0, "diverged": True} for step in at[len(rows) :]]
+        return rows
 
 
 def steps_to_reach(steps: Sequence[int], values: Sequence[float], level: float) -> float:
