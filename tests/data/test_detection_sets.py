@@ -1,4 +1,4 @@
-"""Scenes with boxes: what they show, that they are the same for a seed, which classes are where; what is wrong is named."""
+"""Scenes with boxes: what they show, which classes are where, the same for a seed; what is wrong is named."""
 
 from __future__ import annotations
 

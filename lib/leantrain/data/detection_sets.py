@@ -1,11 +1,11 @@
 """Scenes with boxes for few-shot detection: base classes with many labels, new classes with K labelled objects each.
 
-Two kinds of set have one shape. `digit_scenes` pastes scikit-learn's digits onto textured grounds; `labelled_pictures` reads
-pictures with Pascal VOC's xml files: blood cells (BCCD), or Pascal VOC itself.
+Two kinds of set have one shape. `digit_scenes` pastes scikit-learn's digits onto textured grounds; `labelled_pictures`
+reads pictures with Pascal VOC's xml files: blood cells (BCCD), or Pascal VOC itself.
 
-A scene is an image, float32 ``(3, H, W)`` from 0 to 1, and a dictionary with `boxes`, float32 ``(n, 4)`` as left, top, right,
-bottom in pixels, and `labels`, int64 ``(n,)``: 1 to B are the base classes, B + 1 and on the new ones, -1 an object that
-counts neither as an object nor as background. That is what torchvision's detectors take.
+A scene is an image, float32 ``(3, H, W)`` from 0 to 1, and a dictionary with `boxes`, float32 ``(n, 4)`` as left, top,
+right, bottom in pixels, and `labels`, int64 ``(n,)``: 1 to B are the base classes, B + 1 and on the new ones, -1 an
+object that counts neither as an object nor as background. That is what torchvision's detectors take.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def _batches(scenes: Iterator[Scene], size: int) -> Iterator[DetectionBatch]:
 class DigitScenes:
     """How scenes of digits are made.
 
-    The ground is the sum of three fields of random colours, of few, more and many cells, enlarged smoothly, and noise. A
-    digit is enlarged bicubically and blended in with one bright or dark colour, its grey value being the opacity.
+    The ground is the sum of three fields of random colours, of few, more and many cells, enlarged smoothly, and noise.
+    A digit is enlarged bicubically and blended in with one bright or dark colour, its grey value being the opacity.
 
     Attributes:
         side: Height and width of a scene in pixels.
@@ -334,8 +334,8 @@ def labelled_pictures(
     random. Objects without area and those marked as difficult are left out.
 
     Args:
-        name: `bccd`: blood cells, of which platelets are new. `voc`: Pascal VOC 2007 and 2012, bird, bus, cow, motorbike
-            and sofa being new.
+        name: `bccd`: blood cells, of which platelets are new. `voc`: Pascal VOC 2007 and 2012, bird, bus, cow,
+            motorbike and sofa being new.
         size: Shorter side in pixels.
         batch_size: Pictures in a batch, at least 1.
         train_size: Pictures in an epoch; the base pictures come again where it is more than they are. None: each once.

@@ -302,8 +302,8 @@ _ALL = (
             "For research and teaching."
         ),
         citation=(
-            "M. Everingham, L. Van Gool, C. K. I. Williams, J. Winn, A. Zisserman, The Pascal Visual Object Classes (VOC) "
-            "Challenge, IJCV 88, 2010."
+            "M. Everingham, L. Van Gool, C. K. I. Williams, J. Winn, A. Zisserman, The Pascal Visual Object Classes "
+            "(VOC) Challenge, IJCV 88, 2010."
         ),
         folders=tuple(
             f"VOCdevkit/VOC{year}/{part}"

@@ -3,20 +3,22 @@ r"""Efficient few-shot object detection: knowledge inheritance with adaptive len
 Ze Yang, Chi Zhang, Ruibo Li, Yi Xu, Guosheng Lin: Efficient Few-Shot Object Detection via Knowledge Inheritance (IEEE
 Transactions on Image Processing 32, 2023; arXiv 2203.12224).
 
-A two-stage detector scores a region's features $z \in \mathbb R^d$ for class c by $w_c^\top z + b_c$. To teach it new classes
-from K labelled objects each, the pretrain-transfer framework (PTF) appends a row for every new class and fine-tunes. Knowledge
-inheritance starts such a row from the mean feature of the class's few objects, brought to the right length:
+A two-stage detector scores a region's features $z \in \mathbb R^d$ for class c by $w_c^\top z + b_c$. To teach it new
+classes from K labelled objects each, the pretrain-transfer framework (PTF) appends a row for every new class and
+fine-tunes. Knowledge inheritance starts such a row from the mean feature of the class's few objects, brought to the
+right length:
 
 .. math::
     w_c = \bar w_c \cdot \frac{\frac1{|C_b|} \sum_{b \in C_b} \lVert w_b \rVert}
                               {\frac1{|C_b|} \sum_{b \in C_b} \lVert \bar w_b \rVert}
 
-The factor is that of the base classes, whose trained rows $w_b$ and mean features $\bar w_b$ are both known (adaptive length
-re-scaling). Rows of base classes and background are copied, biases of new classes are 0.
+The factor is that of the base classes, whose trained rows $w_b$ and mean features $\bar w_b$ are both known (adaptive
+length re-scaling). Rows of base classes and background are copied, biases of new classes are 0.
 
-`inherited_rows` and `start_predictor` are the technique. What follows is a detector to use it in (torchvision's Faster R-CNN), base
-training, and fine-tuning. Backbone, region proposals and box head stay frozen in fine-tuning, so the features of all regions are
-computed once (`encode`), and steps and evaluations of the predictor alone are exact and cheap.
+`inherited_rows` and `start_predictor` are the technique. What follows is a detector to use it in (torchvision's Faster
+R-CNN), base training, and fine-tuning. Backbone, region proposals and box head stay frozen in fine-tuning, so the
+features of all regions are computed once (`encode`), and steps and evaluations of the predictor alone are exact and
+cheap.
 """
 
 from __future__ import annotations
@@ -90,8 +92,8 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     counts = torch.bincount(labels, minlength=classes + 1) if len(labels) else torch.zeros(classes + 1)
     if len(counts) > classes + 1 or counts[0] or (counts[1:] == 0).any():
         raise ValueError(
-            f"objects of the classes 0 to {len(counts) - 1}: {counts.tolist()}; expected at least one shot of each class "
-            f"from 1 to {classes}, and no others"
+            f"objects of the classes 0 to {len(counts) - 1}: {counts.tolist()}; expected at least one shot of each "
+            f"class from 1 to {classes}, and no others"
         )
     sums = torch.zeros(classes, features.shape[1], dtype=features.dtype, device=features.device)
     return sums.index_add_(0, labels - 1, features) / counts[1:, None].to(features)
@@ -112,7 +114,8 @@ def length_factor(base_rows: Tensor, base_means: Tensor) -> Tensor:
     """
     if base_rows.shape != base_means.shape or base_rows.ndim != 2 or not len(base_rows):
         raise ValueError(
-            f"base rows {tuple(base_rows.shape)}, base means {tuple(base_means.shape)}: expected (B, d) twice, B at least 1"
+            f"base rows {tuple(base_rows.shape)}, base means {tuple(base_means.shape)}: "
+            "expected (B, d) twice, B at least 1"
         )
     length = base_means.norm(dim=1).mean()
     if not length > 0:
@@ -187,14 +190,16 @@ def start_predictor(start: Start, base: BoxPredictor, means: Tensor, *, seed: in
     Background row, base rows, their biases and the regressor are copied. For the new rows:
 
     - `random`: drawn from a normal distribution with deviation 0.01, the PTF baseline;
-    - `inherited`: mean features, re-scaled by `length_factor`; `unit length`: brought to length 1; `raw mean`: as they are;
-    - `cosine`: random, under a cosine classifier, as in TFA; `imprinted`: the mean direction of the features, under one.
+    - `inherited`: mean features, re-scaled by `length_factor`; `unit length`: brought to length 1; `raw mean`: as they
+      are;
+    - `cosine`: random, under a cosine classifier, as in TFA; `imprinted`: the mean direction of the features, under
+      one.
 
     Args:
         start: Which.
         base: The trained predictor of B base classes.
-        means: Mean features of all C classes, the base classes first, ``(C, d)``, from `class_means`. For `imprinted`, means
-            of features that were brought to length 1.
+        means: Mean features of all C classes, the base classes first, ``(C, d)``, from `class_means`. For `imprinted`,
+            means of features that were brought to length 1.
         seed: Of the random rows.
 
     Raises:
@@ -235,7 +240,7 @@ def small_detector(
     proposals: int = 100,
     score_threshold: float = 0.01,
 ) -> FasterRCNN:
-    """torchvision's Faster R-CNN on a small backbone with one level of stride 8, for small images.
+    """Torchvision's Faster R-CNN on a small backbone with one level of stride 8, for small images.
 
     Args:
         classes: C, without background.
@@ -443,10 +448,10 @@ def fine_tune(
     momentum: float = 0.9,
     seed: int = 0,
 ) -> Iterator[tuple[int, BoxPredictor]]:
-    """Train a predictor on stored regions with torchvision's loss of classes and boxes, by gradient descent with momentum.
+    """Train a predictor on stored regions: torchvision's loss of classes and boxes, gradient descent with momentum.
 
-    A step takes images at random and samples regions in each as `heads` does. All depends on the seed alone, so that two
-    predictors see the same regions.
+    A step takes images at random and samples regions in each as `heads` does. All depends on the seed alone, so that
+    two predictors see the same regions.
 
     Args:
         heads: Samples regions.
