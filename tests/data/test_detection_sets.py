@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from torchvision.ops import box_iou
 
 from leantrain.data import CorruptData, DigitScenes, MissingData, digit_scenes, labelled_pictures
 from leantrain.data import detection_sets as sets
+from leantrain.data.fetch import verify
 from leantrain.data.registry import dataset
 from leantrain.data.stamps import tree_sha256
 
@@ -276,6 +278,18 @@ def test_what_is_missing_or_changed_is_named(project, cells):
     (home / "JPEGImages").rename(home / "pictures")
     with pytest.raises(MissingData, match=r"BCCD \(blood cells\) is not complete(.|\n)*data/cards/bccd\.md"):
         labelled_pictures("bccd", size=60)
+
+
+def test_the_checksum_of_a_folder_is_that_of_its_list_of_checksums(tmp_path, cells):
+    for name, content in (("b", b"two"), ("a", b"one"), (".hidden", b"x")):
+        (tmp_path / name).write_bytes(content)
+    lines = "".join(f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in (("a", b"one"), ("b", b"two")))
+    assert tree_sha256(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
+    home, _ = cells
+    assert set(verify("bccd")) == set(dataset("bccd").folders)
+    (home / "JPEGImages" / "more.jpg").write_bytes(b"")
+    with pytest.raises(CorruptData, match="lay it down anew from https"):
+        verify("bccd")
 
 
 def test_a_set_needs_pictures_of_base_classes_alone(cells):

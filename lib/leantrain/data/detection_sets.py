@@ -428,13 +428,12 @@ def _read(home: Path, name: str, classes: Sequence[str]) -> _Picture:
     boxes, labels = [], []
     try:
         for thing in ET.parse(notes).getroot().iter("object"):
-            box = thing.find("bndbox")
-            assert box is not None
-            left, top, right, bottom = (float(box.findtext(key, "")) for key in ("xmin", "ymin", "xmax", "ymax"))
+            edges = (float(thing.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax"))
+            left, top, right, bottom = edges
             if thing.findtext("difficult", "0") != "1" and left < right and top < bottom:
                 boxes.append((left, top, right, bottom))
                 labels.append(1 + classes.index(thing.findtext("name", "")))
-    except (OSError, ET.ParseError, AssertionError, ValueError) as error:
+    except (OSError, ET.ParseError, ValueError) as error:
         raise CorruptData(f"{notes}: expected objects of {', '.join(classes)}, with a box each: {error}") from error
     return _Picture(picture, tuple(boxes), tuple(labels))
 

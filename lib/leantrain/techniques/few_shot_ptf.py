@@ -534,7 +534,8 @@ def average_precision(
     metric.update([dict(one) for one in found], [{k: one[k] for k in ("boxes", "labels")} for one in truth])
     result = metric.compute()
     values = torch.zeros(classes)
-    values[result["classes"].reshape(-1).long() - 1] = 100 * result["map_per_class"].reshape(-1).clamp(min=0).float()
+    of_class = result["map_per_class"].reshape(-1).clamp(min=0).float().cpu()  # -1 where a class has no object
+    values[result["classes"].reshape(-1).long().cpu() - 1] = 100 * of_class
     return values
 
 
