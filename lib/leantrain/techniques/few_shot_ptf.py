@@ -379,6 +379,7 @@ class Regions:
 
 def frozen_detector(model: FasterRCNN) -> FasterRCNN:
     """The detector in evaluation mode, without a parameter that requires a gradient: features can be computed once."""
+    model.zero_grad()
     return cast(FasterRCNN, model.eval().requires_grad_(False))
 
 
