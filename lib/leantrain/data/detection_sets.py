@@ -188,7 +188,8 @@ class DigitScenes:
 
     def _ground(self, draws: torch.Generator) -> Tensor:
         image = torch.full((3, self.side, self.side), 0.5)
-        for cells, weight in ((8, 0.5), (16, 0.3), (32, 0.2)):
+        for part, weight in ((16, 0.5), (8, 0.3), (4, 0.2)):
+            cells = max(1, self.side // part)
             field = torch.rand(1, 3, cells, cells, generator=draws) - 0.5
             image += weight * F.interpolate(field, size=(self.side, self.side), mode="bilinear", align_corners=False)[0]
         return (image + self.noise * torch.randn(image.shape, generator=draws)).clamp_(0, 1)
