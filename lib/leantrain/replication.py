@@ -238,6 +238,34 @@ def _gpt2(depth: int) -> Callable[[], nn.Module]:
     return build
 
 
+def _detector() -> nn.Module:
+    import torch
+    from torch import nn
+
+    from leantrain.techniques.few_shot_ptf import standard_detector
+
+    class FixedRegions(nn.Module):
+        """All parts of a detector that have weights, on 512 regions an image, as in training."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = standard_detector(20)
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads, maps = self.model.roi_heads, list(self.model.backbone(x).values())
+            proposals = self.model.rpn.head(maps)
+            boxes = heads.box_predictor(heads.box_head(x.new_zeros(512 * len(x), 256, 7, 7)))
+            return torch.cat([out.flatten() for outs in (*proposals, boxes) for out in outs])
+
+    return FixedRegions()
+
+
+def _photographs() -> Tensor:
+    import torch
+
+    return torch.empty(2, 3, 800, 1088)  # pictures of 4 to 3, padded to multiples of 32
+
+
 def _bert() -> nn.Module:
     from leantrain.techniques.progressive_layer_dropping import pre_ln_bert
 
@@ -274,6 +302,7 @@ NETWORKS: dict[str, Network] = {
     "Hebbian network of ten layers": Network(_hebbian, _image(224), "convolutional"),
     "ResNet-18 of diverse branches": Network(_diverse_branches, _image(224), "convolutional"),
     "MobileNet v1": Network(_mobilenet, _image(224), "convolutional"),
+    "Faster R-CNN, ResNet-101": Network(_detector, _photographs, "convolutional"),
     **{
         title: Network(_torchvision(name), _image(224), "convolutional")
         for title, name in {
@@ -497,6 +526,13 @@ def _fgsm(p: Mapping[str, Any]) -> Iterator[Training]:
     yield Training(full, attacks, passes=2 * (1 + p["attack_steps"]) + 3)
 
 
+def _few_shot(p: Mapping[str, Any]) -> Iterator[Training]:
+    # The base detector; fine-tuning the last layer on stored features costs next to nothing.
+    for scenes, epochs in zip(p["epoch_scenes"], p["epochs"], strict=True):
+        samples = len(p["seeds"]) * epochs * scenes
+        yield Training("Faster R-CNN, ResNet-101", samples, batch=p["batch_size"], states=1)
+
+
 #: What each chapter's `paper` profile trains.
 PLANS: dict[str, Plan] = {
     "adan": _adan,
@@ -521,6 +557,7 @@ PLANS: dict[str, Plan] = {
     "fasthebb": _fasthebb,
     "orepa": _orepa,
     "fastmim": _fastmim,
+    "few-shot-ptf": _few_shot,
 }
 
 

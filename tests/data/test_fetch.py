@@ -269,7 +269,7 @@ def test_missing_imagenet_says_what_to_lay_down(project):
 
 @pytest.mark.parametrize("ask", [locate, fetch, verify])
 def test_unknown_names_are_refused(ask):
-    with pytest.raises(ValueError, match=r"unknown data set 'cifar-10'; the sets are cifar10, "):
+    with pytest.raises(ValueError, match=r"unknown data set 'cifar-10'; the sets are bccd, cifar10, "):
         ask("cifar-10")
 
 

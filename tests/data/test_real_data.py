@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from leantrain.data import duplicates, images, overlap, table, text
+from leantrain.data import duplicates, images, labelled_pictures, overlap, table, text
 from leantrain.data.registry import DATASETS
 
 FOLDER = os.environ.get("LEANTRAIN_DATA")
@@ -88,3 +88,13 @@ def test_tables(real, name, train, dev):
     real(name)
     for split, counts in (("train", train), ("dev", dev)):
         assert np.bincount(table(name, split)["label"]).tolist() == counts
+
+
+def test_blood_cells(monkeypatch):
+    if not FOLDER or not (Path(FOLDER) / "BCCD").is_dir():
+        pytest.skip("LEANTRAIN_DATA does not hold bccd")
+    monkeypatch.setenv("LEANTRAIN_DATA", FOLDER)
+    data = labelled_pictures("bccd", size=60)
+    assert (data.train_size, data.val_size) == (88, 42)
+    test = torch.cat([target["labels"] for _, target in data.scenes("test", 0)])
+    assert test.bincount().tolist() == [0, 805, 71, 69]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leantrain.data.checks import duplicates, overlap
+    from leantrain.data.detection_sets import DetectionData, DigitScenes, digit_scenes, labelled_pictures
     from leantrain.data.errors import CorruptData, DataError, MissingData
     from leantrain.data.frame_folders import ucf101
     from leantrain.data.image_sets import ImageData, images
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CorruptData",
     "DataError",
+    "DetectionData",
+    "DigitScenes",
     "ImageData",
     "MissingData",
     "MovingDigits",
@@ -30,8 +33,10 @@ __all__ = [
     "SentenceData",
     "TokenData",
     "VideoData",
+    "digit_scenes",
     "duplicates",
     "images",
+    "labelled_pictures",
     "moving_digits",
     "overlap",
     "own_tokens",
@@ -45,6 +50,8 @@ __all__ = [
 _HOME = {
     "CorruptData": "errors",
     "DataError": "errors",
+    "DetectionData": "detection_sets",
+    "DigitScenes": "detection_sets",
     "ImageData": "image_sets",
     "MissingData": "errors",
     "MovingDigits": "video_sets",
@@ -52,8 +59,10 @@ _HOME = {
     "SentenceData": "sentence_sets",
     "TokenData": "token_sets",
     "VideoData": "video_sets",
+    "digit_scenes": "detection_sets",
     "duplicates": "checks",
     "images": "image_sets",
+    "labelled_pictures": "detection_sets",
     "moving_digits": "video_sets",
     "overlap": "checks",
     "own_tokens": "token_sets",

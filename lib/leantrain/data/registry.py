@@ -56,6 +56,8 @@ class DataSet:
         sources: Downloads that give the files.
         arrays: Name of an embedded array -> SHA-256 of its bytes.
         folders: For a manual set, the folders that must be there.
+        trees: For a manual set of which every copy is the same, folder -> SHA-256 over the names and contents of its
+            files, see :func:`leantrain.data.stamps.tree_sha256`.
         home: The authors' page.
         terms: On what terms it may be used, in a sentence or two.
         citation: What to cite.
@@ -71,6 +73,7 @@ class DataSet:
     sources: tuple[Source, ...] = ()
     arrays: Mapping[str, str] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
+    trees: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def slug(self) -> str:
@@ -89,8 +92,8 @@ class DataSet:
 
     @property
     def checksums(self) -> dict[str, str]:
-        """File or array -> SHA-256, as the provenance of a chapter records it."""
-        return {path: file.sha256 for path, file in self.files.items()} | dict(self.arrays)
+        """File, array or folder -> SHA-256, as the provenance of a chapter records it."""
+        return {path: file.sha256 for path, file in self.files.items()} | {**self.arrays, **self.trees}
 
 
 def _glue(
@@ -274,6 +277,39 @@ _ALL = (
             "CRCV-TR-12-01, 2012 (arXiv:1212.0402)."
         ),
         folders=("ucf101/frames",),
+    ),
+    DataSet(
+        name="bccd",
+        title="BCCD (blood cells)",
+        kind="manual",
+        home="https://github.com/Shenggan/BCCD_Dataset",
+        terms="MIT licence, © 2017 shenggan; pictures and first annotations by cosmicad and akshaylamba.",
+        citation="S. Gan and others, BCCD Dataset, https://github.com/Shenggan/BCCD_Dataset, 2017.",
+        folders=("BCCD/Annotations", "BCCD/ImageSets/Main", "BCCD/JPEGImages"),
+        trees={
+            "BCCD/Annotations": "014ce8749bcc6a54ba6197e5c3259fd5a867c13e8de700898a2e6056d95e0901",
+            "BCCD/ImageSets/Main": "5e2a58d79305ed7cc093ffd79429786baed1c6ce0107538d2d0b48eda83a0195",
+            "BCCD/JPEGImages": "ab73ed237b5367bf5f8e6a81753d23c16469e375c88b66fc25f4d705a79c1a2a",
+        },
+    ),
+    DataSet(
+        name="voc",
+        title="Pascal VOC 2007 and 2012",
+        kind="manual",
+        home="http://host.robots.ox.ac.uk/pascal/VOC/",
+        terms=(
+            "The pictures come from flickr, under flickr's terms of use, and belong to their photographers. "
+            "For research and teaching."
+        ),
+        citation=(
+            "M. Everingham, L. Van Gool, C. K. I. Williams, J. Winn, A. Zisserman, The Pascal Visual Object Classes "
+            "(VOC) Challenge, IJCV 88, 2010."
+        ),
+        folders=tuple(
+            f"VOCdevkit/VOC{year}/{part}"
+            for year in (2007, 2012)
+            for part in ("Annotations", "ImageSets/Main", "JPEGImages")
+        ),
     ),
     DataSet(
         name="wikitext-2",
