@@ -308,6 +308,18 @@ def status(slugs: Sequence[str]) -> None:
     _table(["chapter", "profile", "result"], rows)
 
 
+def _verify(name: str) -> None:
+    from leantrain.data import fetch as store
+    from leantrain.data.registry import dataset
+
+    if dataset(name).trees:
+        from leantrain.data.detection_sets import located
+
+        located(name)
+    else:
+        store.verify(name)
+
+
 @main.command()
 @click.argument("action", type=click.Choice(["list", "fetch", "verify"]))
 @click.argument("names", nargs=-1)
@@ -327,7 +339,7 @@ def data(action: str, names: Sequence[str]) -> None:
     failed = False
     for name in names:
         try:
-            (store.fetch if action == "fetch" else store.verify)(name)
+            (store.fetch if action == "fetch" else _verify)(name)
         except (ValueError, OSError) as error:
             failed = True
             click.secho(f"{name}: {error}", fg="red", err=True)

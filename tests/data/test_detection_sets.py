@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.ops import box_iou
 
+from leantrain.cli import main
 from leantrain.data import CorruptData, DigitScenes, MissingData, digit_scenes, labelled_pictures
 from leantrain.data import detection_sets as sets
-from leantrain.data.fetch import verify
 from leantrain.data.registry import dataset
-from leantrain.data.stamps import tree_sha256
 
 SMALL = DigitScenes(side=64, sizes=(16, 28), objects=(1, 3))
 
@@ -185,7 +185,7 @@ def cells(project, known):
             Image.fromarray(ramp).save(home / "JPEGImages" / f"{name}.jpg", quality=95)
 
     def sign():
-        trees = {folder: tree_sha256(project / "data" / folder) for folder in dataset("bccd").folders}
+        trees = {folder: sets.tree_sha256(project / "data" / folder) for folder in dataset("bccd").folders}
         known(replace(dataset("bccd"), trees=trees))
 
     sign()
@@ -284,12 +284,13 @@ def test_the_checksum_of_a_folder_is_that_of_its_list_of_checksums(tmp_path, cel
     for name, content in (("b", b"two"), ("a", b"one"), (".hidden", b"x")):
         (tmp_path / name).write_bytes(content)
     lines = "".join(f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in (("a", b"one"), ("b", b"two")))
-    assert tree_sha256(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
+    assert sets.tree_sha256(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
     home, _ = cells
-    assert set(verify("bccd")) == set(dataset("bccd").folders)
+    assert CliRunner().invoke(main, ["data", "verify", "bccd"]).output == "bccd: verified\n"
     (home / "JPEGImages" / "more.jpg").write_bytes(b"")
     with pytest.raises(CorruptData, match="lay it down anew from https"):
-        verify("bccd")
+        sets.located("bccd")
+    assert CliRunner().invoke(main, ["data", "verify", "bccd"]).exit_code != 0
 
 
 def test_a_set_needs_pictures_of_base_classes_alone(cells):

@@ -29,12 +29,22 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from leantrain.data.digits import read_digits
 from leantrain.data.errors import CorruptData, MissingData
-from leantrain.data.fetch import locate
+from leantrain.data.fetch import folders, locate
 from leantrain.data.image_sets import stratified_order
 from leantrain.data.registry import dataset
 from leantrain.data.seeded import SeededData, epoch_generator, train_batch_count
+from leantrain.data.stamps import sha256_of
 
-__all__ = ["DetectionBatch", "DetectionData", "DigitScenes", "Scene", "digit_scenes", "labelled_pictures"]
+__all__ = [
+    "DetectionBatch",
+    "DetectionData",
+    "DigitScenes",
+    "Scene",
+    "digit_scenes",
+    "labelled_pictures",
+    "located",
+    "tree_sha256",
+]
 
 Scene = tuple[Tensor, dict[str, Tensor]]
 DetectionBatch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -357,7 +367,7 @@ def labelled_pictures(
     one = _PICTURES[name]
     if stand_in:
         return _stand_in(name, one, size, batch_size)
-    home = locate(name)
+    home = located(name)
     lists: dict[str, list[_Picture]] = {
         split: [picture for folder, part in parts for picture in _listed(home / folder, part, one.classes)]
         for split, parts in (("train", one.train), ("val", (one.val,)), ("test", (one.test,)))
@@ -394,6 +404,47 @@ def labelled_pictures(
         train_batches=train_batches,
         val_batches=lambda: _batches((picture.scene(size) for picture in base_val), batch_size),
     )
+
+
+def located(name: str) -> Path:
+    """The folder that holds a set's folders; their files are checked where every copy of the set is the same.
+
+    Args:
+        name: A manual set of the registry.
+
+    Raises:
+        MissingData: If a folder is missing; says how they must lie.
+        CorruptData: If the files of a folder are not those that the registry knows; names every such folder.
+        ValueError: If there is no such set.
+    """
+    one = dataset(name)
+    try:
+        home = locate(name)
+    except MissingData:
+        lie = "".join(f"\n  {folders()[0] / path}" for path in one.folders)
+        raise MissingData(
+            f"{one.title} is not complete. It cannot be downloaded by this project. Get it from {one.home} and lay it "
+            f"down as{lie}\n{one.card} says which files are in them."
+        ) from None
+    wrong = [
+        f"{home / path}: SHA-256 over its files {digest}, expected {known}"
+        for path, known in one.trees.items()
+        if (digest := tree_sha256(home / path)) != known
+    ]
+    if wrong:
+        advice = f"{one.title} is not what the registry knows; lay it down anew from {one.home}"
+        raise CorruptData("\n".join([advice, *wrong]))
+    return home
+
+
+def tree_sha256(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files right in a folder, hidden ones left out.
+
+    It is that of the lines ``<SHA-256 of the file>  <name>``, sorted by name, each with a line end: what
+    ``sha256sum * | sha256sum`` prints in the folder under ``LC_ALL=C``.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return hashlib.sha256("".join(f"{sha256_of(path)}  {path.name}\n" for path in files).encode()).hexdigest()
 
 
 def _draw_shots(pictures: Sequence[_Picture], classes: Sequence[str], size: int, k: int, seed: int) -> list[Scene]:

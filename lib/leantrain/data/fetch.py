@@ -18,7 +18,7 @@ from leantrain.data import registry
 from leantrain.data.download import Downloader, DownloadFailed
 from leantrain.data.errors import CorruptData, DataError, MissingData
 from leantrain.data.registry import DataSet, Source, dataset
-from leantrain.data.stamps import cached_sha256, tree_sha256
+from leantrain.data.stamps import cached_sha256
 from leantrain.data.unpack import unpack
 
 __all__ = ["Downloader", "describe", "fetch", "folders", "locate", "verify"]
@@ -80,8 +80,7 @@ def verify(name: str) -> dict[str, str]:
     """Hash all files of a set anew, whatever was remembered.
 
     Returns:
-        File, array or folder -> SHA-256. Empty for a set that is laid down by hand and of which only the names of the
-        folders are known.
+        File or array -> SHA-256. Empty for a set that is laid down by hand, of which only the folders are known.
 
     Raises:
         MissingData: If the set is not here.
@@ -208,12 +207,8 @@ def _check(one: DataSet, folder: Path, *, fresh: bool, only: Sequence[str] | Non
             wrong.append(f"{file}: {size} bytes, expected {expected.bytes}")
         elif (digest := cached_sha256(file, fresh=fresh)) != expected.sha256:
             wrong.append(f"{file}: SHA-256 {digest}, expected {expected.sha256}")
-    for path, expected in one.trees.items():
-        if (digest := tree_sha256(folder / path)) != expected:
-            wrong.append(f"{folder / path}: SHA-256 over its files {digest}, expected {expected}")
     if wrong:
-        by_hand = f"lay it down anew from {one.home}"
-        get = by_hand if one.kind == "manual" else f"delete what is wrong, then run: leantrain data fetch {one.name}"
+        get = f"delete what is wrong, then run: leantrain data fetch {one.name}"
         raise CorruptData("\n".join([f"{one.title} is not what the registry knows; {get}", *wrong]))
 
 
@@ -225,8 +220,7 @@ def _advice(one: DataSet) -> str:
     if one.kind == "manual":
         lines += [
             f"It cannot be downloaded by this project. Get it from {one.home} and lay it down as",
-            *(f"  {target / path}" for path in one.folders),
-            f"{one.card} says which files are in them.",
+            *(f"  {target / path}/<class>/<image files>" for path in one.folders),
         ]
     else:
         lines += ["Missing:", *(f"  {target / path}" for path in _missing(one, target))]

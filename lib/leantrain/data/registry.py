@@ -57,7 +57,7 @@ class DataSet:
         arrays: Name of an embedded array -> SHA-256 of its bytes.
         folders: For a manual set, the folders that must be there.
         trees: For a manual set of which every copy is the same, folder -> SHA-256 over the names and contents of its
-            files, see :func:`leantrain.data.stamps.tree_sha256`.
+            files, see :func:`leantrain.data.detection_sets.tree_sha256`.
         home: The authors' page.
         terms: On what terms it may be used, in a sentence or two.
         citation: What to cite.

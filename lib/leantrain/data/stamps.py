@@ -8,7 +8,7 @@ from pathlib import Path
 
 from leantrain import paths
 
-__all__ = ["cached_sha256", "sha256_of", "stamp_file", "tree_sha256"]
+__all__ = ["cached_sha256", "sha256_of", "stamp_file"]
 
 _CHUNK = 1 << 20
 
@@ -25,16 +25,6 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def tree_sha256(folder: Path) -> str:
-    """SHA-256 over the names and contents of all files right in a folder, hidden ones left out.
-
-    It is that of the lines ``<SHA-256 of the file>  <name>``, sorted by name, each with a line end: what
-    ``sha256sum * | sha256sum`` prints in the folder under ``LC_ALL=C``.
-    """
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return hashlib.sha256("".join(f"{sha256_of(path)}  {path.name}\n" for path in files).encode()).hexdigest()
 
 
 def cached_sha256(path: Path, *, fresh: bool = False) -> str:
