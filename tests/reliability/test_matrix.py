@@ -8,6 +8,7 @@ The rows are those of the project's reliability matrix: faults of execution (A),
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -446,6 +447,7 @@ LENGTHS = {"A": 15, "B": 6, "C": 8, "D": 5, "E": 8, "F": 10, "G": 8}
 ROWS = [f"{letter}{number}" for letter, last in LENGTHS.items() for number in range(1, last + 1)]
 
 
+@cache
 def functions(file):
     return {n.name for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef)}
 
