@@ -45,14 +45,14 @@ def test_two_builds_in_other_places_and_time_zones_are_equal_and_need_no_network
 @pytest.mark.parametrize(
     ("output", "says"),
     [
-        ({"output_type": "stream", "name": "stdout", "text": "x" * 100_000_000}, "100,000,000 characters"),
+        ({"output_type": "stream", "name": "stdout", "text": "x" * 20_000_000}, "20,000,000 characters"),
         (
             {"output_type": "display_data", "metadata": {}, "data": {"text/html": "<tr><td>1</td></tr>" * 10_000}},
             "190,000 characters",
         ),
         ({"output_type": "stream", "name": "stderr", "text": "\r".join(map(str, range(10_000)))}, "progress-bar"),
     ],
-    ids=["100 MB", "a table of 10,000 rows", "a progress bar of 10,000 steps"],
+    ids=["20 MB", "a table of 10,000 rows", "a progress bar of 10,000 steps"],
 )
 def test_outputs_that_no_page_can_show_stop_the_build_by_name(executed, output, says):
     notebook = json.loads(executed.chapter.read_text())
