@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from leantrain import records
+from leantrain import paths, records
 
 GIB = 2**30
 
@@ -59,3 +61,27 @@ print(*sorted(heavy & set(sys.modules)))
 def test_importing_the_library_touches_nothing_and_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", WATCH], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "", done.stdout
+
+
+#: Two chapters whose quick runs are short: attention with a bypass, and convolutions.
+CHAPTERS = ("skipvit", "conv3d-4d")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the settings are those of x86 processors")
+def test_checked_outputs_hold_with_one_thread_on_an_older_processor(tmp_path):
+    """What the notebooks' check cells print is the same without AVX-512; `make portable` does it with all chapters."""
+    older = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+    library = {"PYTHONPATH": os.pathsep.join([str(paths.ROOT / "lib"), os.environ.get("PYTHONPATH", "")])}
+    # A folder of its own: runs that were kept from this processor would prove nothing.
+    environment = {**os.environ, **older, **threads, **library, "LEANTRAIN_BUILD": str(tmp_path)}
+    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "-p", "no:cacheprovider", "-q"]
+    notebooks = [str(Path("notebooks") / f"{slug}.ipynb") for slug in CHAPTERS]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *notebooks],
+        cwd=paths.ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    trained = {file.parent.name for file in (tmp_path / "experiments").rglob("*.json")}
+    assert trained == set(CHAPTERS), "the chapters did train"
