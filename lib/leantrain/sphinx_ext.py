@@ -214,7 +214,8 @@ def scoreboard_html(part: Part, rows: list[ScoreRow], with_local: bool) -> str:
     head = "".join(f"<th scope='col' role='columnheader'>{column}</th>" for column in columns)
     papers = sorted({row.paper.slug: row.paper for row in rows}.values(), key=lambda paper: not paper.built)
     bodies = "".join(_paper_html([row for row in rows if row.paper is paper], with_local) for paper in papers)
-    caption = f"<caption>{html.escape(part.title)}: what the papers claim and what was found</caption>"
+    asked = "the book asked" if all(paper.kind == "study" for paper in papers) else "the papers claim"
+    caption = f"<caption>{html.escape(part.title)}: what {asked} and what was found</caption>"
     kind = "lt-scoreboard lt-scoreboard--local" if with_local else "lt-scoreboard"
     # Without a chapter there is nothing below the columns' names. The roles keep it a table for screen readers
     # where a phone's style lays the cells out as cards.
@@ -224,6 +225,8 @@ def scoreboard_html(part: Part, rows: list[ScoreRow], with_local: bool) -> str:
 
 def tally_html(rows: list[ScoreRow]) -> str:
     """How many claims have which verdict, as a list of badges."""
+    studies = [row for row in rows if row.paper.kind == "study" and row.published]
+    rows = [row for row in rows if row.paper.kind != "study"]
     items = "".join(
         f"<li>{badge(Decision(verdict))} <b>{count}</b></li>"
         for verdict, count in tally(rows).items()
@@ -233,6 +236,8 @@ def tally_html(rows: list[ScoreRow]) -> str:
     papers = {row.paper.slug for row in rows}
     claims = sum(row.paper.slug in built for row in rows)
     text = f"{len(built)} of {len(papers)} papers have a chapter; together they test {claims} claims."
+    if studies:
+        text += f" A study of the book's own tests {len(studies)} more, which are not counted here."
     return f"<div class='lt-tally'><p>{text}</p><ul>{items}</ul></div>" if items else f"<p>{text}</p>"
 
 
@@ -260,7 +265,7 @@ def replication_html(catalog: Catalog, costs: dict[str, tuple[Cost, Cost]], assu
     columns = ["Chapter", "Trains", "10¹⁸ operations", "GPU-hours", "kWh", "GiB of memory", "GPU-hours with five seeds"]
     head = "".join(f"<th scope='col'>{column}</th>" for column in columns)
     body = ""
-    for paper in catalog.papers:
+    for paper in catalog.entries:
         if paper.slug in costs:
             cost, five = costs[paper.slug]
             name = f'<a href="doc:{_chapter(paper)}">{e(paper.short)}</a>'
@@ -345,8 +350,8 @@ class PartListDirective(SphinxDirective):
         for part in catalog.parts:
             count = sum(paper.part == part.slug for paper in catalog.papers)
             name = _link(self.env, f"book/parts/{part.slug}", nodes.strong("", part.title))
-            papers = f" ({count} paper{'' if count == 1 else 's'})"
-            term = nodes.term("", "", name, nodes.Text(papers))
+            papers = f"{count} paper{'' if count == 1 else 's'}" if count else "a study of the book's own"
+            term = nodes.term("", "", name, nodes.Text(f" ({papers})"))
             items.append(nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph("", part.blurb))))
         return [nodes.definition_list("", *items, classes=["lt-papers"])]
 
@@ -363,7 +368,7 @@ class PaperListDirective(SphinxDirective):
             known = ", ".join(part.slug for part in book.catalog.parts)
             _LOG.warning("paper-list: no part %r; the parts are %s", slug, known, location=self.get_location())
             return []
-        items = [self._item(book, paper) for paper in book.catalog.papers if paper.part == slug]
+        items = [self._item(book, paper) for paper in book.catalog.entries if paper.part == slug]
         return [nodes.definition_list("", *items, classes=["lt-papers"])]
 
     def _item(self, book: _Book, paper: Paper) -> nodes.definition_list_item:
