@@ -10,6 +10,7 @@ __all__ = [
     "BUILD",
     "CATALOG",
     "CHAPTERS",
+    "COMBINATIONS",
     "DATA",
     "LOCK",
     "NETWORK_COSTS",
@@ -24,6 +25,7 @@ ROOT = Path(os.environ.get("LEANTRAIN_ROOT") or Path(__file__).resolve().parents
 BUILD = ROOT / "_build"
 CATALOG = ROOT / "book" / "papers.yml"
 NETWORK_COSTS = ROOT / "book" / "networks.json"
+COMBINATIONS = ROOT / "book" / "combinations.json"
 CHAPTERS = ROOT / "book" / "chapters"
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"

@@ -1,8 +1,8 @@
 """The Sphinx extension that puts the catalogue and the records into the book's pages.
 
 Directives: `{scoreboard}` (every claim, its paper's value, what was found), `{tally}` (how many claims have
-which verdict), `{part-list}` (the parts of the book), `{paper-list}` (the papers of one part) and
-`{replication-costs}` (what the `paper` profiles cost).
+which verdict), `{part-list}` (the parts of the book), `{paper-list}` (the papers of one part),
+`{replication-costs}` (what the `paper` profiles cost) and `{combinations}` (which techniques can share one run).
 
 Roles: ``{result}`claim-id` `` prints the published value of a claim with its interval, ``{verdict}`claim-id` ``
 its badge, so that no number is typed into prose; ``claim-id/name`` asks for a named quantity.
@@ -21,6 +21,7 @@ import json
 import posixpath
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,6 +285,55 @@ def replication_html(catalog: Catalog, costs: dict[str, tuple[Cost, Cost]], assu
     )
 
 
+def _pair_cell(outcome: Mapping[str, Any]) -> str:
+    """One pair: whether it trains, its loss, and the share of the usual rate that it needed."""
+    mark = "reproduced" if outcome["trains"] else "not-reproduced"
+    word, sign = ("trains", "✓") if outcome["trains"] else ("does not train", "✗")
+    text = f"<span class='lt-badge lt-badge--{mark}' role='img' aria-label='{word}'>{sign}</span>"
+    if outcome["loss"] is not None:
+        text += f" {outcome['loss']:.2f}"
+    if outcome["trains"] and outcome["share"] != 1:
+        text += f" <small>rate ÷ {1 / outcome['share']:g}</small>"
+    return text
+
+
+def combinations_html(found: Mapping[str, Any], address: Callable[[str], str]) -> str:
+    """The matrix of pairs, the pairs that do not train with their reasons, and the traces.
+
+    Args:
+        found: What `book/combinations.json` holds.
+        address: From a chapter's slug to the address of its page.
+    """
+    e = html.escape
+    outcomes = {frozenset(one["techniques"]): one for one in found["outcomes"]}
+    names = list(found["chapters"])
+    head = "".join(f"<th scope='col'>{e(name)}</th>" for name in names)
+    body = ""
+    for row, name in enumerate(names):
+        cells = "<td></td>" * row + "".join(f"<td>{_pair_cell(outcomes[frozenset((name, n))])}</td>" for n in names[row:])
+        link = f'<a href="{address(found["chapters"][name])}">{e(name)}</a>'
+        body += f"<tr><th scope='row'>{link}</th>{cells}</tr>"
+    pairs = [one for one in outcomes.values() if len(one["techniques"]) == 2]
+    fitting = sum(one["trains"] for one in pairs)
+    caption = (
+        f"{fitting} of {len(pairs)} pairs train. A number is the loss on the validation images after {found['epochs']} "
+        f"epochs; below {found['mark']:.2f} counts, plain training has {outcomes[frozenset()]['loss']:.2f}. "
+        "On the diagonal: the technique alone."
+    )
+    faults = "".join(
+        f"<li><b>{e(' and '.join(one['techniques']))}:</b> {e(one['reason'])}.</li>" for one in pairs if not one["trains"]
+    )
+    traces = "".join(
+        f"<dt>{e(name)}</dt><dd>{e(outcomes[frozenset((name,))]['traces'].get(name, 'none'))}</dd>" for name in names
+    )
+    return (
+        "<div class='lt-wide' tabindex='0' role='region' aria-label='Pairs of techniques'><table class='lt-pairs'>"
+        f"<caption>{e(caption)}</caption><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        + (f"<p>Pairs that do not train:</p><ul>{faults}</ul>" if faults else "")
+        + f"<p>The trace that each technique leaves, here alone:</p><dl class='lt-assumptions'>{traces}</dl>"
+    )
+
+
 # ---------------------------------------------------------------- directives and roles
 
 
@@ -339,6 +389,15 @@ class ReplicationCostsDirective(SphinxDirective):
         catalog, assumed = _book(self.env).catalog, Assumptions()
         self.env.note_dependency(str(paths.NETWORK_COSTS))
         return [BookHtml(markup=replication_html(catalog, replication_costs(catalog, assumed), assumed))]
+
+
+class CombinationsDirective(SphinxDirective):
+    """`{combinations}`: which techniques can share one training run."""
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_dependency(str(paths.COMBINATIONS))
+        found = json.loads(paths.COMBINATIONS.read_text(encoding="utf-8"))
+        return [BookHtml(markup=combinations_html(found, lambda slug: f"doc:book/chapters/{slug}"))]
 
 
 class PartListDirective(SphinxDirective):
@@ -541,6 +600,7 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.add_directive("scoreboard", ScoreboardDirective)
     app.add_directive("tally", TallyDirective)
     app.add_directive("replication-costs", ReplicationCostsDirective)
+    app.add_directive("combinations", CombinationsDirective)
     app.add_directive("part-list", PartListDirective)
     app.add_directive("paper-list", PaperListDirective)
     app.add_role("result", ResultRole())
