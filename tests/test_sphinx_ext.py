@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from leantrain import book, sphinx_ext
-from leantrain.book import BookError, scoreboard_rows
+from leantrain.book import BookError, Result, ScoreRow, scoreboard_rows
 from leantrain.catalog import Quantity, Study, load_catalog
 from leantrain.records import finish, read_record
 
