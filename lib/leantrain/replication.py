@@ -176,6 +176,12 @@ def _vit_small() -> nn.Module:
     )
 
 
+def _vit_small_32() -> nn.Module:
+    from leantrain.training import small_vit
+
+    return small_vit(image_size=32, patch_size=4, num_classes=10, dim=384, depth=12, heads=6)
+
+
 def _torchvision(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import torchvision.models
@@ -247,6 +253,7 @@ def _bert() -> nn.Module:
 
 NETWORKS: dict[str, Network] = {
     "ViT-S/16": Network(_vit_small, _image(224), "transformer"),
+    "ViT-S/4, 32 px": Network(_vit_small_32, _image(32), "transformer"),
     "BERT-base, 128 tokens": Network(_bert, _tokens(128), "transformer"),
     "GPT-2, 1,024 tokens": Network(_gpt2(12), _tokens(1024), "transformer", "cpu"),
     "GPT-2 of 6 blocks, 1,024 tokens": Network(_gpt2(6), _tokens(1024), "transformer", "cpu"),
@@ -467,6 +474,16 @@ def _fgsm(p: Mapping[str, Any]) -> Iterator[Training]:
     yield Training(full, attacks, passes=2 * (1 + p["attack_steps"]) + 3)
 
 
+def _stacking(p: Mapping[str, Any]) -> Iterator[Training]:
+    full, assumed = "ViT-S/4, 32 px", Assumptions()
+    tried = len(p["adamw_rates"]) + len(p["adan_rates"]) if len(p["adamw_rates"]) > 1 else 0
+    arms = 6 + 4 * p["leave_out"]
+    seconds = tried * p["tuning_seconds"] + arms * len(p["seeds"]) * p["seconds"]
+    # Hours are what is given; the samples are those that plain training gets through in them.
+    samples = seconds * assumed.peak * assumed.transformer / (2 * 3 * measured_networks()[full].macs)
+    yield Training(full, samples, batch=p["batch_size"], states=4)
+
+
 #: What each chapter's `paper` profile trains.
 PLANS: dict[str, Plan] = {
     "adan": _adan,
@@ -490,6 +507,7 @@ PLANS: dict[str, Plan] = {
     "pruning-bitwidth": _pruning,
     "fasthebb": _fasthebb,
     "orepa": _orepa,
+    "stacking": _stacking,
 }
 
 
