@@ -1,8 +1,8 @@
 """Which techniques can share one training run: every pair tried for a few epochs on the digits.
 
-A pair *trains* if the loss on the validation images falls below `MARK`, half of what guessing costs, and each technique has
-left its trace in the run: a run without an error is no proof that both were at work. CLARS and the others have rates of
-different sizes, so a pair may try a few shares of its optimiser's rate, `SHARES`, and the first that trains counts.
+A pair *trains* if the loss on the validation images falls below `MARK`, half of what guessing costs, and each technique
+has left its trace in the run: a run without an error is no proof that both were at work. A pair may try a few shares of
+its optimiser's rate, `SHARES`, and the first that trains counts.
 
 `python -m leantrain.combinations` tries all pairs and writes `book/combinations.json`, from which the book's page is
 made.

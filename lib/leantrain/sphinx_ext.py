@@ -310,7 +310,9 @@ def combinations_html(found: Mapping[str, Any], address: Callable[[str], str]) -
     head = "".join(f"<th scope='col'>{e(name)}</th>" for name in names)
     body = ""
     for row, name in enumerate(names):
-        cells = "<td></td>" * row + "".join(f"<td>{_pair_cell(outcomes[frozenset((name, n))])}</td>" for n in names[row:])
+        cells = "<td></td>" * row + "".join(
+            f"<td>{_pair_cell(outcomes[frozenset((name, n))])}</td>" for n in names[row:]
+        )
         link = f'<a href="{address(found["chapters"][name])}">{e(name)}</a>'
         body += f"<tr><th scope='row'>{link}</th>{cells}</tr>"
     pairs = [one for one in outcomes.values() if len(one["techniques"]) == 2]
@@ -321,7 +323,9 @@ def combinations_html(found: Mapping[str, Any], address: Callable[[str], str]) -
         "On the diagonal: the technique alone."
     )
     faults = "".join(
-        f"<li><b>{e(' and '.join(one['techniques']))}:</b> {e(one['reason'])}.</li>" for one in pairs if not one["trains"]
+        f"<li><b>{e(' and '.join(one['techniques']))}:</b> {e(one['reason'])}.</li>"
+        for one in pairs
+        if not one["trains"]
     )
     traces = "".join(
         f"<dt>{e(name)}</dt><dd>{e(outcomes[frozenset((name,))]['traces'].get(name, 'none'))}</dd>" for name in names

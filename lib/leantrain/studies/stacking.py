@@ -1,7 +1,7 @@
 r"""Several techniques in one training run of a vision transformer.
 
-A study of this book. A :class:`Stack` says what is switched on; all off, it is plain training. Most techniques leave one
-place of a run to the others and take another, so that they can be stacked as their chapters have them:
+A study of this book. A :class:`Stack` says what is switched on; all off, it is plain training. Most techniques take one
+place of a run and leave the others, so that they can be stacked as their chapters have them:
 
 =====================================  ==================================================
 technique                              what it takes
@@ -16,8 +16,8 @@ sharpness-aware, centralised gradient  the gradient (and with them, smoothed lab
 =====================================  ==================================================
 
 :class:`StackedClassifier` trains with a stack, for a number of epochs or, with a
-:class:`~leantrain.techniques.hardware_aware_resnet9.TimeBudget`, for a number of seconds. Its learning rate then follows the
-clock.
+:class:`~leantrain.techniques.hardware_aware_resnet9.TimeBudget`, for a number of seconds. Its learning rate then
+follows the clock.
 """
 
 from __future__ import annotations
@@ -223,8 +223,8 @@ class StackedClassifier(ImageClassifier):
         rate: Peak learning rate; a warm-up and a cosine are laid over the run.
         num_classes: Number of classes, at least 2.
         weight_decay: Of AdamW and Adan, on tensors of two dimensions and more.
-        budget: Ends the run; None for a run that ends with its last epoch. It comes before all other callbacks, so that it
-            does not take the time of a measurement of all samples for that of a batch.
+        budget: Ends the run; None for a run that ends with its last epoch. It comes before all other callbacks, so
+            that it does not take the time of a measurement of all samples for that of a batch.
         micro_batches: Number of small samples from which CLARS estimates its norms.
         micro_size: Images in each.
         seed: Seed of the coins that drop layers.
