@@ -83,12 +83,14 @@ class _Watch(L.Callback):
 
     def __init__(self) -> None:
         self.ran: list[int] = []
-        self.trained: list[int] = []
+        self.trained: dict[int, set[str]] = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.ran += [sum(stack.gates) for stack in pl_module.modules() if isinstance(stack, ProgressiveStack)]
-        with_gradient = [factor.weight.grad is not None for pair in factors_of(pl_module).values() for factor in pair]
-        self.trained.append(sum(place << i for i, place in enumerate(with_gradient)))
+        factors = {f"{name}.{i}": f for name, pair in factors_of(pl_module).items() for i, f in enumerate(pair)}
+        # In one step, layers that were dropped have no gradient either.
+        seen = self.trained.setdefault(trainer.current_epoch, set())
+        seen.update(name for name, factor in factors.items() if cast(torch.Tensor, factor.weight).grad is not None)
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,19 @@ class _Run:
 
 def _of_skipvit(run: _Run) -> str | None:
     (blocks,) = run.parts(SkipBlocks)
+    patches = run.module.model.patch_embed.num_patches
+
+    def kept() -> torch.Tensor:
+        with torch.no_grad():
+            run.module(run.images)
+        return blocks.kept
+
     run.module.eval()
-    with torch.no_grad():
-        kept = [run.module(run.images) is not None and blocks.kept for _ in range(2)]
-    patches = (_VIT["image_size"] // _VIT["patch_size"]) ** 2
+    chosen = kept()
     # A random choice is another one each time; one that ignores the image is the same for all.
-    if kept[0] is None or not torch.equal(*kept) or len(kept[0].unique(dim=0)) == 1 or kept[0].shape[1] >= patches:
+    if not torch.equal(chosen, kept()) or len(chosen.unique(dim=0)) == 1 or chosen.shape[1] >= patches:
         return None
-    return f"{kept[0].shape[1]} of {patches} patches stay, chosen by attention"
+    return f"{chosen.shape[1]} of {patches} patches stay, chosen by attention"
 
 
 def _of_gqkva(run: _Run) -> str | None:
@@ -141,9 +148,8 @@ def _of_layer_dropping(run: _Run) -> str | None:
 
 def _of_low_rank(run: _Run) -> str | None:
     pairs = factors_of(run.module.model)
-    turns = set(run.watch.trained)
-    # Two sets of factors, neither of which has one in common with the other.
-    if not pairs or len(turns) != 2 or math.prod(turns) == 0 or min(turns) & max(turns):
+    odd, even = (set[str]().union(*(run.watch.trained[e] for e in range(start, EPOCHS, 2))) for start in (1, 0))
+    if not (len(odd) == len(even) == len(pairs) > 0 and odd.isdisjoint(even)):
         return None
     return f"{len(pairs)} layers decomposed, halves trained in turns"
 
