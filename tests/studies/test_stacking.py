@@ -160,7 +160,7 @@ def test_all_passes_of_a_step_go_through_the_same_blocks(partner, digits):
     (stack,) = [part for part in module.modules() if isinstance(part, ProgressiveStack)]
     stack.register_forward_hook(lambda *_: seen.setdefault(module.global_step, []).append(stack.gates))
     fit(module, digits, epochs=6, limit_val_batches=0)
-    assert all(len(gates) == (2 if partner == "sharpness-aware" else 5) for gates in seen.values())
+    assert all(len(gates) == (2 if partner == "sharpness-aware" else 3) for gates in seen.values())
     assert all(len(set(gates)) == 1 for gates in seen.values())
     assert len({gates[0] for gates in seen.values()}) > 1, "over the steps they change"
 

@@ -248,8 +248,8 @@ class StackedClassifier(ImageClassifier):
         weight_decay: float = 0.05,
         warmup_fraction: float = 0.1,
         budget: TimeBudget | None = None,
-        micro_batches: int = 8,
-        micro_size: int = 4,
+        micro_batches: int = 2,
+        micro_size: int = 8,
         seed: int = 0,
     ) -> None:
         if budget is not None and stack.drops_layers:
