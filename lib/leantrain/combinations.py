@@ -104,7 +104,7 @@ class _Run:
     samples: int
 
     def callback(self, kind: type[Any]) -> Any:
-        return next(c for c in self.module.trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
+        return next(c for c in cast(Any, self.module.trainer).callbacks if isinstance(c, kind))
 
     def parts(self, kind: type[Any]) -> list[Any]:
         return [part for part in self.module.modules() if isinstance(part, kind)]
@@ -115,7 +115,7 @@ class _Run:
 
 def _of_skipvit(run: _Run) -> str | None:
     (blocks,) = run.parts(SkipBlocks)
-    patches = run.module.model.patch_embed.num_patches
+    patches = cast(Any, run.module.model).patch_embed.num_patches
 
     def kept() -> torch.Tensor:
         with torch.no_grad():

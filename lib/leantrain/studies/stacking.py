@@ -138,10 +138,10 @@ class Stack:
         """
         blocks = list(model.blocks.children())
         if self.grouping:
-            scorer = blocks[self.split - 1] if self.drop_ratio else None
-            attention = scorer.attn if scorer is not None else None
+            scorers = blocks[self.split - 1 : self.split] if self.drop_ratio else []
+            own = [scorer.attn for scorer in scorers]
             group_attention(model, self.grouping)
-            if scorer is not None:
+            for scorer, attention in zip(scorers, own, strict=True):
                 scorer.attn = attention
         if self.compression > 1:
             ranks = choose_ranks(model, compression=self.compression, where=lambda name, layer: ".mlp." in name)
