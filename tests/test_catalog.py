@@ -162,3 +162,55 @@ def test_importing_the_command_line_loads_no_heavy_package(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'numpy', 'pandas', 'matplotlib'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- studies of the book's own
+
+
+@pytest.fixture
+def study(rows):
+    """The toy paper's row made into a study's."""
+    row = {k: v for k, v in rows["papers"][0].items() if k not in ("authors", "venue", "arxiv", "kind")}
+    claim = rows["papers"][0]["claims"][0] | {"id": "own.answer", "paper": None, "stated": "own"}
+    rows["studies"] = [row | {"slug": "own", "short": "Own", "claims": [claim]}]
+    return rows["studies"][0]
+
+
+def test_a_study_is_found_like_a_paper_and_not_counted_as_one(rows, study):
+    save(rows)
+    catalog = load_catalog()
+    assert [paper.slug for paper in catalog.papers] == ["toy", "other"]
+    assert [entry.slug for entry in catalog.entries] == ["toy", "other", "own"]
+    own = catalog.paper("own")
+    assert (own.kind, own.authors, own.arxiv, own.room) == ("study", (), None, "studies")
+    assert own.module == "leantrain.studies.own"
+    assert own.claims[0].paper_text == "the book's own question"
+    assert [paper.room for paper in catalog.papers] == ["techniques", "hardware"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_set(["studies", 0, "authors"], ["A. Author"]), "own / authors"),
+        (_set(["studies", 0, "arxiv"], "2311.03426"), "own / arxiv"),
+        (_set(["studies", 0, "slug"], "toy"), "must begin with 'toy.'"),
+        (_set(["studies", 0, "claims", 0, "stated"], "abstract"), "are the book's 'own'"),
+        (_set(["studies", 0, "claims", 0, "paper"], 42), "have no paper's value"),
+        (_set(["papers", 0, "claims", 0, "stated"], "own"), "the claims of a study, and no others"),
+        (_set(["papers", 0, "claims"], []), "toy / claims"),
+    ],
+)
+def test_a_study_claims_no_paper_and_a_paper_is_no_study(rows, study, change, says):
+    change(rows)
+    save(rows)
+    with pytest.raises(CatalogError) as error:
+        load_catalog()
+    assert says in str(error.value)
+
+
+def test_a_study_among_the_papers_is_refused(rows, study):
+    row = rows["studies"].pop()
+    rows["papers"].append(row | {"kind": "study", "authors": ["A. Author"], "venue": "here"})
+    save(rows)
+    with pytest.raises(CatalogError, match="its row belongs under 'studies'"):
+        load_catalog()

@@ -42,6 +42,7 @@ PARTS = {
     "better-steps": ["adan", "clars", "fgsm-sdi", "hardware-aware-resnet9", "pruning-bitwidth"],
     "representations": ["fastmim", "fasthebb", "orepa", "few-shot-ptf"],
     "accelerators": ["tensordash", "fpraker", "gradient-sparsity", "procrustes"],
+    "combinations": [],
 }
 
 CATALOG: Catalog = load_catalog()
@@ -77,6 +78,37 @@ def decided(claim_id: str, **quantities: float | tuple[float, float, float]) -> 
 def test_the_papers_of_the_book() -> None:
     assert {paper.slug for paper in CATALOG.papers} == SLUGS
     assert len(CATALOG.papers) == len(SLUGS) == 23
+
+
+def test_studies_are_the_books_own_and_no_papers() -> None:
+    assert [(study.slug, study.part, study.kind) for study in CATALOG.studies] == [
+        ("stacking", "combinations", "study")
+    ]
+    assert CATALOG.entries == (*CATALOG.papers, *CATALOG.studies)
+    for study in CATALOG.studies:
+        assert 3 <= len(study.claims) <= 7
+        assert 1 <= sum(claim.headline for claim in study.claims) <= 2
+        assert all(claim.min_n >= 3 for claim in study.claims if claim.tested != "exact")
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "quantities", "expected"),
+    [
+        ("stacking.pays", {"main": (2.0, 0.1, 3.9)}, Verdict.REPRODUCED),
+        ("stacking.pays", {"main": (2.0, -0.1, 4.1)}, Verdict.PARTLY),
+        ("stacking.pays", {"main": (-0.1, -1.0, 0.8)}, Verdict.NOT_REPRODUCED),
+        ("stacking.adds-up", {"main": (0.9, -3.0, 4.8), "over_best": 1.0}, Verdict.REPRODUCED),
+        ("stacking.adds-up", {"main": (-2.5, -4.0, -1.0), "over_best": 0.5}, Verdict.PARTLY),
+        ("stacking.adds-up", {"main": (-2.5, -4.0, -1.0), "over_best": -0.5}, Verdict.NOT_REPRODUCED),
+        ("stacking.each-helps", {"main": 3}, Verdict.PARTLY),
+        ("stacking.all-needed", {"main": 4}, Verdict.REPRODUCED),
+        ("stacking.step-time", {"main": 0.85}, Verdict.PARTLY),
+        ("stacking.macs", {"main": 1.02}, Verdict.NOT_REPRODUCED),
+        ("stacking.memory", {"main": 1.3}, Verdict.NOT_REPRODUCED),
+    ],
+)
+def test_known_measurements_of_a_study(claim_id: str, quantities: dict, expected: Verdict) -> None:
+    assert decided(claim_id, **quantities) == expected
 
 
 def test_parts_hold_their_papers_in_order() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from leantrain import book, sphinx_ext
-from leantrain.book import BookError, scoreboard_rows
-from leantrain.catalog import Quantity, load_catalog
+from leantrain.book import BookError, Result, ScoreRow, scoreboard_rows
+from leantrain.catalog import Quantity, Study, load_catalog
 from leantrain.records import finish, read_record
 
 PROSE = """
@@ -116,6 +116,20 @@ def test_the_tally_counts_only_papers_with_a_chapter(executed):
     markup = sphinx_ext.tally_html(rows_of(executed))
     assert "1 of 2 papers have a chapter; together they test 2 claims." in markup
     assert re.findall(r"</span> (\w[\w ]*)</span> <b>(\d+)</b>", markup) == [("reproduced", "2")]
+
+
+def test_a_study_is_tallied_apart(executed):
+    (row, *_), record = rows_of(executed), rows_of(executed)[0].published.record
+    study = Study(
+        slug="own", title="Own", short="Own", year=2026, part="first", problem="A.", idea="An.", tests="A.",
+        claims=[row.claim.model_dump() | {"id": "own.answer", "paper": None, "stated": "own"}],
+    )  # fmt: skip
+    own = ScoreRow(row.part, study, study.claims[0], Result(row.published.decision, None, "", record))
+    markup = sphinx_ext.tally_html([*rows_of(executed), own])
+    assert "1 of 2 papers have a chapter; together they test 2 claims." in markup
+    assert "A study of the book's own tests 1 more, which are not counted here." in markup
+    assert re.findall(r"</span> (\w[\w ]*)</span> <b>(\d+)</b>", markup) == [("reproduced", "2")]
+    assert "what the book asked and what was found" in sphinx_ext.scoreboard_html(row.part, [own], with_local=False)
 
 
 # ---------------------------------------------------------------- rendered books

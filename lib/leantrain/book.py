@@ -78,7 +78,7 @@ def table_of_contents(catalog: Catalog) -> dict[str, Any]:
     parts = [
         group(
             part.title,
-            [f"parts/{part.slug}", *(f"chapters/{p.slug}" for p in catalog.papers if p.part == part.slug and p.built)],
+            [f"parts/{part.slug}", *(f"chapters/{p.slug}" for p in catalog.entries if p.part == part.slug and p.built)],
         )
         for part in catalog.parts
     ]
@@ -149,7 +149,7 @@ class ScoreRow:
     @property
     def verified(self) -> bool:
         """Whether the paper's value was checked against a citable source."""
-        return self.claim.stated != "unverified"
+        return self.claim.stated not in ("unverified", "own")
 
 
 def primary_quantity(claim: Claim) -> str:
@@ -196,7 +196,7 @@ def scoreboard_rows(
     """
     rows = []
     for part in catalog.parts:
-        for paper in catalog.papers:
+        for paper in catalog.entries:
             if paper.part != part.slug:
                 continue
             runs = [records.get(paper.slug) for records in (published, local)]
@@ -225,6 +225,7 @@ def scoreboard_table(rows: Iterable[ScoreRow]) -> list[dict[str, Any]]:
             {
                 "claim": claim.id,
                 "paper": row.paper.short,
+                "kind": row.paper.kind,
                 "title": row.paper.title,
                 "part": row.part.title,
                 "headline": claim.headline,

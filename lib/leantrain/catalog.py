@@ -2,6 +2,7 @@
 
 The rows stand in `book/papers.yml`. Everything that lists papers — the table of contents, the scoreboard,
 the command line, the tests — reads them through `load_catalog`, which refuses a row that is not sound.
+A study of the book's own has a row too, apart from the papers: its claims are the book's, and nobody else stated them.
 A rule is fixed before the run that it judges; `Claim.decide` is the only place where a verdict is made.
 """
 
@@ -31,6 +32,7 @@ __all__ = [
     "Part",
     "Quantity",
     "Rule",
+    "Study",
     "UnknownPaper",
     "Verdict",
     "load_catalog",
@@ -176,7 +178,7 @@ class Claim(_Row):
     units: dict[str, str] = {}
     paper: float | str | None
     conditions: str = Field(min_length=1)
-    stated: Literal["abstract", "repository", "summary", "text", "unverified"]
+    stated: Literal["abstract", "repository", "summary", "text", "unverified", "own"]
     tested: Literal["exact", "full-size", "scaled"]
     how: Sentence
     min_n: int = Field(ge=1)
@@ -191,9 +193,9 @@ class Claim(_Row):
 
     @property
     def paper_text(self) -> str:
-        """The paper's value as text, a number with its unit; a dash where none is known."""
+        """The paper's value as text, a number with its unit; a dash where none is known, and what has no paper."""
         if self.paper is None:
-            return "–"
+            return "the book's own question" if self.stated == "own" else "–"
         return self.paper if isinstance(self.paper, str) else f"{self.paper:g} {self.unit}".rstrip()
 
     def unit_of(self, quantity: str) -> str:
@@ -234,7 +236,10 @@ class Part(_Row):
 
 
 class Paper(_Row):
-    """One paper: its citation, its place in the book, its claims."""
+    """One paper: its citation, its place in the book, its claims.
+
+    `room` is the folder of the library and of the tests that its module and its tests are in.
+    """
 
     slug: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
     title: str
@@ -244,7 +249,7 @@ class Paper(_Row):
     venue: str
     arxiv: str | None = Field(default=None, pattern=r"^\d{4}\.\d{4,5}$")
     part: str
-    kind: Literal["technique", "emulator"]
+    kind: Literal["technique", "emulator", "study"]
     problem: Sentence
     idea: Sentence
     tests: Sentence
@@ -262,13 +267,22 @@ class Paper(_Row):
         for claim in self.claims:
             if not claim.id.startswith(self.slug + "."):
                 raise ValueError(f"claim {claim.id!r} must begin with {self.slug + '.'!r}")
+            if (claim.stated == "own") != (self.kind == "study") or (claim.stated == "own" and claim.paper is not None):
+                raise ValueError(
+                    f"claim {claim.id!r} is stated {claim.stated!r} with the value {claim.paper!r}: the claims of a "
+                    "study, and no others, are the book's 'own', and have no paper's value"
+                )
         return self
+
+    @property
+    def room(self) -> str:
+        """Folder of the library and of the tests."""
+        return {"technique": "techniques", "emulator": "hardware", "study": "studies"}[self.kind]
 
     @property
     def module(self) -> str:
         """Dotted name of the paper's module."""
-        room = "hardware" if self.kind == "emulator" else "techniques"
-        return f"leantrain.{room}.{self.slug.replace('-', '_')}"
+        return f"leantrain.{self.room}.{self.slug.replace('-', '_')}"
 
     @property
     def notebook_path(self) -> Path:
@@ -298,48 +312,68 @@ class Paper(_Row):
         raise CatalogError(f"paper {self.slug!r} has no claim {claim_id!r}; it has {known}")
 
 
+class Study(Paper):
+    """A study of the book's own: a chapter like a paper's, without a citation, about claims that the book made."""
+
+    authors: tuple[str, ...] = Field(default=(), max_length=0)
+    venue: Literal["A study of this book"] = "A study of this book"
+    arxiv: None = None
+    kind: Literal["study"] = "study"
+
+
 class Catalog(_Row):
-    """All parts and papers, in the order of the book."""
+    """All parts, papers and studies, in the order of the book.
+
+    `papers` are what the book replicates, and what is counted as such; `entries` is everything that has a chapter.
+    """
 
     parts: tuple[Part, ...]
     papers: tuple[Paper, ...]
+    studies: tuple[Study, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Catalog:
         for what, names in (
             ("part", [p.slug for p in self.parts]),
-            ("slug", [p.slug for p in self.papers]),
-            ("claim", [c.id for p in self.papers for c in p.claims]),
+            ("slug", [p.slug for p in self.entries]),
+            ("claim", [c.id for p in self.entries for c in p.claims]),
         ):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise ValueError(f"{what} {', '.join(twice)} stands twice")
         known = {p.slug for p in self.parts}
-        for paper in self.papers:
+        for paper in self.entries:
             if paper.part not in known:
                 raise ValueError(f"paper {paper.slug!r} is in part {paper.part!r}; the parts are {sorted(known)}")
+            if (paper.kind == "study") != isinstance(paper, Study):
+                raise ValueError(f"{paper.slug!r} is a study: its row belongs under 'studies', not under 'papers'")
         return self
 
+    @property
+    def entries(self) -> tuple[Paper, ...]:
+        """The papers, then the studies."""
+        return (*self.papers, *self.studies)
+
     def paper(self, slug: str) -> Paper:
-        """The paper with this slug.
+        """The paper or study with this slug.
 
         Raises:
             UnknownPaper: If there is none; the message lists the nearest slugs.
         """
-        for paper in self.papers:
+        for paper in self.entries:
             if paper.slug == slug:
                 return paper
         import difflib
 
-        slugs = [p.slug for p in self.papers]
+        slugs = [p.slug for p in self.entries]
         near = difflib.get_close_matches(slug, slugs, n=3, cutoff=0.5) or slugs
         raise UnknownPaper(
             f"no paper has the slug {slug!r}; did you mean {' or '.join(near)}? `leantrain list` shows all"
         )
 
     def built(self) -> tuple[Paper, ...]:
-        """The papers that have a chapter."""
-        return tuple(p for p in self.papers if p.built)
+        """The papers and studies that have a chapter."""
+        return tuple(p for p in self.entries if p.built)
 
 
 def load_catalog(path: Path | None = None) -> Catalog:

@@ -380,7 +380,9 @@ def badge(decision: Decision) -> str:
 def card_html(paper: Any, verdicts: Mapping[str, Decision] | None) -> str:
     """The title card of a chapter; without verdicts the badges wait."""
     e = html.escape
-    where = f"{e(', '.join(paper.authors))}. <cite>{e(paper.title)}</cite>. {e(paper.venue)}, {paper.year}"
+    where = f"<cite>{e(paper.title)}</cite>. {e(paper.venue)}, {paper.year}"
+    if paper.authors:
+        where = f"{e(', '.join(paper.authors))}. {where}"
     if paper.arxiv:
         where += f". <a href='https://arxiv.org/abs/{paper.arxiv}'>arXiv:{paper.arxiv}</a>"
     rows = "".join(

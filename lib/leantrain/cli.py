@@ -82,10 +82,10 @@ def main() -> None:
 
 @main.command("list")
 def list_papers() -> None:
-    """All papers, with their part of the book and what is built."""
+    """All papers and studies, with their part of the book and what is built."""
     catalog = _catalog()
     titles = {part.slug: part.title for part in catalog.parts}
-    rows = [(p.slug, str(p.year), titles[p.part], "built" if p.built else "planned", p.title) for p in catalog.papers]
+    rows = [(p.slug, str(p.year), titles[p.part], "built" if p.built else "planned", p.title) for p in catalog.entries]
     _table(["slug", "year", "part", "chapter", "title"], rows)
 
 
@@ -97,9 +97,8 @@ def show(slug: str) -> None:
 
     (paper,) = _papers([slug])
     click.secho(paper.title, bold=True)
-    click.echo(
-        f"{', '.join(paper.authors)}; {paper.venue}, {paper.year}" + (f"; arXiv {paper.arxiv}" if paper.arxiv else "")
-    )
+    where = [", ".join(paper.authors), f"{paper.venue}, {paper.year}", f"arXiv {paper.arxiv}" if paper.arxiv else ""]
+    click.echo("; ".join(filter(None, where)))
     click.echo(f"\n{paper.idea}\n")
     profile = "book"
     record, state = _record(paper, run_path(paper, profile)) if paper.built else (None, "planned")

@@ -10,6 +10,7 @@ __all__ = [
     "BUILD",
     "CATALOG",
     "CHAPTERS",
+    "COMBINATIONS",
     "DATA",
     "LOCK",
     "NETWORK_COSTS",
@@ -34,6 +35,7 @@ ROOT = _folder("LEANTRAIN_ROOT", Path(__file__).resolve().parents[2])
 BUILD = _folder("LEANTRAIN_BUILD", ROOT / "_build")
 CATALOG = ROOT / "book" / "papers.yml"
 NETWORK_COSTS = ROOT / "book" / "networks.json"
+COMBINATIONS = ROOT / "book" / "combinations.json"
 CHAPTERS = ROOT / "book" / "chapters"
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"

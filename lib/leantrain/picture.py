@@ -58,11 +58,13 @@ def scoreboard_picture(rows: Sequence[ScoreRow]) -> str:
     """The scoreboard as SVG.
 
     Args:
-        rows: Every claim of the book, in its order; the squares of headline claims have an edge.
+        rows: Every claim of the book, in its order; the squares of headline claims have an edge. The claims of the
+            book's own studies are left out: the picture is about papers.
 
     Returns:
         The picture, with a description and every claim's sentence as text.
     """
+    rows = [row for row in rows if row.paper.kind != "study"]
     blocks = []  # each: the part's title, and the rows of each of its papers
     for title, group in groupby(rows, key=lambda row: row.part.title):
         blocks.append((title, [list(claims) for _, claims in groupby(group, key=lambda row: row.paper.slug)]))

@@ -422,7 +422,7 @@ def _cause(stamp: object) -> object:
 def published_records(catalog: Catalog, profile: Profile | None = None) -> dict[str, Record]:
     """Complete records by slug: of the published chapters, or of this machine's runs at a profile."""
     found = {}
-    for paper in catalog.papers:
+    for paper in catalog.entries:
         path = paper.chapter_path if profile is None else run_path(paper, profile)
         try:
             found[paper.slug] = read_record(path)

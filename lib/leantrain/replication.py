@@ -175,6 +175,12 @@ def _vit_small() -> nn.Module:
     )
 
 
+def _vit_small_32() -> nn.Module:
+    from leantrain.training import small_vit
+
+    return small_vit(image_size=32, patch_size=4, num_classes=10, dim=384, depth=12, heads=6)
+
+
 def _torchvision(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import torchvision.models
@@ -292,6 +298,7 @@ NETWORKS: dict[str, Network] = {
     "ViT-B/16": Network(_vit_base, _image(224), "transformer"),
     "FastMIM of ViT-B/16, 128 px": Network(_masked_vit(128), _image(128), "transformer"),
     "FastMIM of ViT-B/16, 224 px": Network(_masked_vit(224), _image(224), "transformer"),
+    "ViT-S/4, 32 px": Network(_vit_small_32, _image(32), "transformer"),
     "BERT-base, 128 tokens": Network(_bert, _tokens(128), "transformer"),
     "GPT-2, 1,024 tokens": Network(_gpt2(12), _tokens(1024), "transformer", "cpu"),
     "GPT-2 of 6 blocks, 1,024 tokens": Network(_gpt2(6), _tokens(1024), "transformer", "cpu"),
@@ -533,6 +540,16 @@ def _few_shot(p: Mapping[str, Any]) -> Iterator[Training]:
         yield Training("Faster R-CNN, ResNet-101", samples, batch=p["batch_size"], states=1)
 
 
+def _stacking(p: Mapping[str, Any]) -> Iterator[Training]:
+    full, assumed = "ViT-S/4, 32 px", Assumptions()
+    tried = len(p["adamw_rates"]) + len(p["adan_rates"]) if len(p["adamw_rates"]) > 1 else 0
+    arms = 6 + 4 * p["leave_out"]
+    seconds = tried * p["tuning_seconds"] + arms * len(p["seeds"]) * p["seconds"]
+    # Hours are what is given; the samples are those that plain training gets through in them.
+    samples = seconds * assumed.peak * assumed.transformer / (2 * 3 * measured_networks()[full].macs)
+    yield Training(full, samples, batch=p["batch_size"], states=4)
+
+
 #: What each chapter's `paper` profile trains.
 PLANS: dict[str, Plan] = {
     "adan": _adan,
@@ -558,6 +575,7 @@ PLANS: dict[str, Plan] = {
     "orepa": _orepa,
     "fastmim": _fastmim,
     "few-shot-ptf": _few_shot,
+    "stacking": _stacking,
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from leantrain import paths
 from leantrain.catalog import Paper
 
-__all__ = ["SECTIONS", "lay_down"]
+__all__ = ["SECTIONS", "lay_down", "sections"]
 
 #: The headings of every chapter, in order; the title card and the parameters stand before them.
 SECTIONS = (
@@ -31,6 +31,13 @@ seeds: list[int] = [0, 1, 2]  # one training run per seed and arm; each 0 to 214
 dry_run: bool = False  # two batches of stand-in data, to test a profile"""
 
 
+def sections(paper: Paper) -> tuple[str, ...]:
+    """The headings of a chapter, in order: a study has asked its claims itself."""
+    if paper.kind != "study":
+        return SECTIONS
+    return tuple(heading.replace("What the paper says", "What we asked") for heading in SECTIONS)
+
+
 def lay_down(paper: Paper) -> list[Path]:
     """Write the files of a paper's chapter; they run and pass before any content is in them.
 
@@ -43,7 +50,7 @@ def lay_down(paper: Paper) -> list[Path]:
     Raises:
         FileExistsError: If one of them is there already; then nothing is written.
     """
-    room = "hardware" if paper.kind == "emulator" else "techniques"
+    room = paper.room
     name = paper.slug.replace("-", "_")
     words = {"authors": ", ".join(paper.authors), "module": paper.module}
     words |= {field: str(getattr(paper, field)) for field in ("slug", "short", "title", "idea", "venue", "year")}
@@ -68,8 +75,9 @@ def _fill(template: Any, words: dict[str, str]) -> str:
 
 
 def _notebook(paper: Paper) -> dict[str, Any]:
+    citation = "" if paper.kind == "study" else f"\n\n{{cite:t}}`{paper.slug}`"
     cells: list[tuple[str, str, list[str]]] = [
-        ("markdown", f"# {paper.short}\n\n{{cite:t}}`{paper.slug}`", []),
+        ("markdown", f"# {paper.short}{citation}", []),
         ("code", _PARAMETERS, ["parameters"]),
         (
             "code",
@@ -81,10 +89,10 @@ def _notebook(paper: Paper) -> dict[str, Any]:
         "The code": f"import {paper.module} as technique\n\nprint(technique.__doc__.splitlines()[0])",
         "Does it work?": "# NBVAL_CHECK_OUTPUT\nprint(seeds)",
         # A draft leaves no record, so the chapter cannot be published by mistake.
-        "What the paper says, what we found": "chapter.verdicts(draft=True)",
+        sections(paper)[4]: "chapter.verdicts(draft=True)",
         "Provenance": "chapter.provenance()",
     }
-    for section in SECTIONS:
+    for section in sections(paper):
         cells.append(("markdown", f"## {section}", []))
         if section in code:
             cells.append(("code", code[section], []))

@@ -1,8 +1,8 @@
 """The Sphinx extension that puts the catalogue and the records into the book's pages.
 
 Directives: `{scoreboard}` (every claim, its paper's value, what was found), `{tally}` (how many claims have
-which verdict), `{part-list}` (the parts of the book), `{paper-list}` (the papers of one part) and
-`{replication-costs}` (what the `paper` profiles cost).
+which verdict), `{part-list}` (the parts of the book), `{paper-list}` (the papers of one part),
+`{replication-costs}` (what the `paper` profiles cost) and `{combinations}` (which techniques can share one run).
 
 Roles: ``{result}`claim-id` `` prints the published value of a claim with its interval, ``{verdict}`claim-id` ``
 its badge, so that no number is typed into prose; ``claim-id/name`` asks for a named quantity.
@@ -21,6 +21,7 @@ import json
 import posixpath
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,7 +231,8 @@ def scoreboard_html(part: Part, rows: list[ScoreRow], with_local: bool) -> str:
     head = "".join(f"<th scope='col' role='columnheader'>{column}</th>" for column in columns)
     papers = sorted({row.paper.slug: row.paper for row in rows}.values(), key=lambda paper: not paper.built)
     bodies = "".join(_paper_html([row for row in rows if row.paper is paper], with_local) for paper in papers)
-    caption = f"<caption>{html.escape(part.title)}: what the papers claim and what was found</caption>"
+    asked = "the book asked" if all(paper.kind == "study" for paper in papers) else "the papers claim"
+    caption = f"<caption>{html.escape(part.title)}: what {asked} and what was found</caption>"
     kind = "lt-scoreboard lt-scoreboard--local" if with_local else "lt-scoreboard"
     # Without a chapter there is nothing below the columns' names. The roles keep it a table for screen readers
     # where a phone's style lays the cells out as cards.
@@ -240,6 +242,8 @@ def scoreboard_html(part: Part, rows: list[ScoreRow], with_local: bool) -> str:
 
 def tally_html(rows: list[ScoreRow]) -> str:
     """How many claims have which verdict, as a list of badges."""
+    studies = [row for row in rows if row.paper.kind == "study" and row.published]
+    rows = [row for row in rows if row.paper.kind != "study"]
     items = "".join(
         f"<li>{badge(Decision(verdict))} <b>{count}</b></li>"
         for verdict, count in tally(rows).items()
@@ -249,6 +253,8 @@ def tally_html(rows: list[ScoreRow]) -> str:
     papers = {row.paper.slug for row in rows}
     claims = sum(row.paper.slug in built for row in rows)
     text = f"{len(built)} of {len(papers)} papers have a chapter; together they test {claims} claims."
+    if studies:
+        text += f" A study of the book's own tests {len(studies)} more, which are not counted here."
     return f"<div class='lt-tally'><p>{text}</p><ul>{items}</ul></div>" if items else f"<p>{text}</p>"
 
 
@@ -276,7 +282,7 @@ def replication_html(catalog: Catalog, costs: dict[str, tuple[Cost, Cost]], assu
     columns = ["Chapter", "Trains", "10¹⁸ operations", "GPU-hours", "kWh", "GiB of memory", "GPU-hours with five seeds"]
     head = "".join(f"<th scope='col'>{column}</th>" for column in columns)
     body = ""
-    for paper in catalog.papers:
+    for paper in catalog.entries:
         if paper.slug in costs:
             cost, five = costs[paper.slug]
             name = f'<a href="doc:{_chapter(paper)}">{e(paper.short)}</a>'
@@ -292,6 +298,59 @@ def replication_html(catalog: Catalog, costs: dict[str, tuple[Cost, Cost]], assu
         f"<dl class='lt-assumptions'>{listed}</dl>"
         f"<div class='lt-wide' tabindex='0' role='region' aria-label='Costs'><table class='lt-costs'>{caption}"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table></div>"
+    )
+
+
+def _pair_cell(outcome: Mapping[str, Any]) -> str:
+    """One pair: whether it trains, its loss, and the share of the usual rate that it needed."""
+    mark = "reproduced" if outcome["trains"] else "not-reproduced"
+    word, sign = ("trains", "✓") if outcome["trains"] else ("does not train", "✗")
+    text = f"<span class='lt-badge lt-badge--{mark}' role='img' aria-label='{word}'>{sign}</span>"
+    if outcome["loss"] is not None:
+        text += f" {outcome['loss']:.2f}"
+    if outcome["trains"] and outcome["share"] != 1:
+        text += f" <small>rate ÷ {1 / outcome['share']:g}</small>"
+    return text
+
+
+def combinations_html(found: Mapping[str, Any], address: Callable[[str], str]) -> str:
+    """The matrix of pairs, the pairs that do not train with their reasons, and the traces.
+
+    Args:
+        found: What `book/combinations.json` holds.
+        address: From a chapter's slug to the address of its page.
+    """
+    e = html.escape
+    outcomes = {frozenset(one["techniques"]): one for one in found["outcomes"]}
+    names = list(found["chapters"])
+    head = "".join(f"<th scope='col'>{e(name)}</th>" for name in names)
+    body = ""
+    for row, name in enumerate(names):
+        cells = "<td></td>" * row + "".join(
+            f"<td>{_pair_cell(outcomes[frozenset((name, n))])}</td>" for n in names[row:]
+        )
+        link = f'<a href="{address(found["chapters"][name])}">{e(name)}</a>'
+        body += f"<tr><th scope='row'>{link}</th>{cells}</tr>"
+    pairs = [one for one in outcomes.values() if len(one["techniques"]) == 2]
+    fitting = sum(one["trains"] for one in pairs)
+    caption = (
+        f"{fitting} of {len(pairs)} pairs train. A number is the loss on the validation images after {found['epochs']} "
+        f"epochs; below {found['mark']:.2f} counts, plain training has {outcomes[frozenset()]['loss']:.2f}. "
+        "On the diagonal: the technique alone."
+    )
+    faults = "".join(
+        f"<li><b>{e(' and '.join(one['techniques']))}:</b> {e(one['reason'])}.</li>"
+        for one in pairs
+        if not one["trains"]
+    )
+    traces = "".join(
+        f"<dt>{e(name)}</dt><dd>{e(outcomes[frozenset((name,))]['traces'].get(name, 'none'))}</dd>" for name in names
+    )
+    return (
+        "<div class='lt-wide' tabindex='0' role='region' aria-label='Pairs of techniques'><table class='lt-pairs'>"
+        f"<caption>{e(caption)}</caption><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        + (f"<p>Pairs that do not train:</p><ul>{faults}</ul>" if faults else "")
+        + f"<p>The trace that each technique leaves, here alone:</p><dl class='lt-assumptions'>{traces}</dl>"
     )
 
 
@@ -352,6 +411,15 @@ class ReplicationCostsDirective(SphinxDirective):
         return [BookHtml(markup=replication_html(catalog, replication_costs(catalog, assumed), assumed))]
 
 
+class CombinationsDirective(SphinxDirective):
+    """`{combinations}`: which techniques can share one training run."""
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_dependency(str(paths.COMBINATIONS))
+        found = json.loads(paths.COMBINATIONS.read_text(encoding="utf-8"))
+        return [BookHtml(markup=combinations_html(found, lambda slug: f"doc:book/chapters/{slug}"))]
+
+
 class PartListDirective(SphinxDirective):
     """`{part-list}`: the parts of the book, each with a sentence and the number of its papers."""
 
@@ -361,8 +429,8 @@ class PartListDirective(SphinxDirective):
         for part in catalog.parts:
             count = sum(paper.part == part.slug for paper in catalog.papers)
             name = _link(self.env, f"book/parts/{part.slug}", nodes.strong("", part.title))
-            papers = f" ({count} paper{'' if count == 1 else 's'})"
-            term = nodes.term("", "", name, nodes.Text(papers))
+            papers = f"{count} paper{'' if count == 1 else 's'}" if count else "a study of the book's own"
+            term = nodes.term("", "", name, nodes.Text(f" ({papers})"))
             items.append(nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph("", part.blurb))))
         return [nodes.definition_list("", *items, classes=["lt-papers"])]
 
@@ -379,7 +447,7 @@ class PaperListDirective(SphinxDirective):
             known = ", ".join(part.slug for part in book.catalog.parts)
             _LOG.warning("paper-list: no part %r; the parts are %s", slug, known, location=self.get_location())
             return []
-        items = [self._item(book, paper) for paper in book.catalog.papers if paper.part == slug]
+        items = [self._item(book, paper) for paper in book.catalog.entries if paper.part == slug]
         return [nodes.definition_list("", *items, classes=["lt-papers"])]
 
     def _item(self, book: _Book, paper: Paper) -> nodes.definition_list_item:
@@ -581,6 +649,7 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.add_directive("scoreboard", ScoreboardDirective)
     app.add_directive("tally", TallyDirective)
     app.add_directive("replication-costs", ReplicationCostsDirective)
+    app.add_directive("combinations", CombinationsDirective)
     app.add_directive("part-list", PartListDirective)
     app.add_directive("paper-list", PaperListDirective)
     app.add_role("result", ResultRole())

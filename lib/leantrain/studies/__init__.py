@@ -1,0 +1,1 @@
+"""The book's own studies: what stands above single techniques, one file a study."""
