@@ -224,7 +224,15 @@ def small_book(executed: House) -> House:
     root = executed.root
     shutil.copy(PROJECT / "_config.yml", root)
     shutil.copytree(PROJECT / "book" / "_static", root / "book" / "_static")
-    for page in ("index.md", "how-to-read.md", "scoreboard.md", "costs.md", "networks.json", "bibliography.md"):
+    for page in (
+        "index.md",
+        "how-to-read.md",
+        "scoreboard.md",
+        "costs.md",
+        "scaling.md",
+        "networks.json",
+        "bibliography.md",
+    ):
         shutil.copy(PROJECT / "book" / page, root / "book")
     (root / "book" / "parts").mkdir()
     (root / "book" / "parts" / "first.md").write_text("# Opening\n\n```{paper-list}\n:part: first\n```\n")

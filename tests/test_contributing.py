@@ -19,6 +19,7 @@ PAGE = paths.ROOT / "CONTRIBUTING.md"
 #: Commands that the walk leaves out, and why.
 NOT_WALKED = {
     "make test": "runs these tests",
+    "make portable": "runs all notebooks; a test of reliability does so for two of them",
     "make lock": "asks a package index, and needs uv",
     "leantrain book": "the tests of the book render it",
     "leantrain run": "a mention; the walk gives it its arguments",

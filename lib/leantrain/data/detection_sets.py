@@ -176,7 +176,7 @@ class DigitScenes:
             The scene. A digit that finds no free place is left out, the first never is.
         """
         image = self._ground(draws)
-        boxes, kept = torch.empty(0, 4), []
+        boxes, kept = torch.empty(0, 4), []  # type: ignore[var-annotated]
         for stamp, label in zip(stamps, labels, strict=True):
             size = int(torch.randint(self.sizes[0], self.sizes[1] + 1, (), generator=draws))
             alpha = F.interpolate(stamp[None, None], size=(size, size), mode="bicubic", align_corners=False)[0, 0]

@@ -346,7 +346,7 @@ class BaseTraining(ScheduledModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the average precision."""
-        classes = cast(BoxPredictor, self.model.roi_heads.box_predictor).classes
+        classes = cast(BoxPredictor, self.model.roi_heads.box_predictor).classes  # type: ignore[union-attr]
         self.log("val_ap", average_precision(self._found, self._truth, classes).mean())
         self._found, self._truth = [], []
 
