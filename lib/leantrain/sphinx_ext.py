@@ -538,12 +538,14 @@ def _bring_mathjax(app: Sphinx) -> None:
 def _adapt_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
     """Give a page the scripts that it needs, and lists of references the roles that browsers know.
 
-    Only the scoreboard needs its script, and no page those that would run code on a server elsewhere: Jupyter Book
-    declares these twice, which is an error in the browser's console. The role that docutils gives to a reference has
-    been withdrawn from the standard, and leaves its list without an item.
+    The scoreboard and the chapters have one each, and no page needs those that would run code on a server elsewhere:
+    Jupyter Book declares these twice, which is an error in the browser's console. The role that docutils gives to a
+    reference has been withdrawn from the standard, and leaves its list without an item.
     """
     if page == _SCOREBOARD:
         app.add_js_file("scoreboard.js", loading_method="defer")
+    elif page.startswith("book/chapters/"):
+        app.add_js_file("scrolling.js", loading_method="defer")
     if "body" in context:
         context["body"] = _REFERENCE_ROLES.sub("", context["body"])
     for kind in ("script_files", "css_files"):
