@@ -4,10 +4,8 @@ window.addEventListener("load", () => {
   const watch = new ResizeObserver((seen) => {
     for (const { target } of seen) {
       const box = target.closest(boxes);
-      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      if (box && box.scrollWidth > box.clientWidth) box.tabIndex = 0;
     }
   });
-  for (const box of document.querySelectorAll(boxes)) {
-    for (const part of [box, ...box.children]) watch.observe(part);
-  }
+  document.querySelectorAll(`${boxes}, .cell_output > .output > *`).forEach((part) => watch.observe(part));
 });
