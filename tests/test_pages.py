@@ -123,4 +123,4 @@ def test_the_card_opens_every_chapter_and_the_code_before_it_is_folded(rendered)
         page = (rendered / f"book/chapters/{paper.slug}.html").read_text(encoding="utf-8")
         article = page[page.index("<article") :]
         card, fold = article.index("lt-card"), article.index("<details class='lt-fold lt-fold--code'>")
-        assert card < fold < article.index("cell_input") < article.index("Chapter(") < article.index("</details>")
+        assert card < fold < article.index("cell_input") < article.index("globals") < article.index("</details>")
