@@ -248,7 +248,7 @@ def test_search_finds_a_term_and_the_result_opens(desktop):
 
 def test_a_solution_is_folded_until_it_is_asked_for(desktop):
     page = desktop.open("book/chapters/gqkva")
-    folds = page.locator("details.lt-fold")
+    folds = page.locator("details.lt-fold", has=page.locator("summary", has_text="Solution"))
     assert folds.count() == 3
     words, code = folds.last.locator("p").first, folds.last.locator("pre").first
     for hidden in (words, code):

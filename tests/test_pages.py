@@ -116,3 +116,11 @@ def test_every_solution_is_folded_with_its_words(rendered):
         page = (rendered / f"book/chapters/{paper.slug}.html").read_text(encoding="utf-8")
         assert page.count("<details class='lt-fold'>") == written >= 2, paper.slug
         assert "<strong>Solution" not in page, paper.slug
+
+
+def test_the_card_opens_every_chapter_and_the_code_before_it_is_folded(rendered):
+    for paper in load_catalog().built():
+        page = (rendered / f"book/chapters/{paper.slug}.html").read_text(encoding="utf-8")
+        article = page[page.index("<article") :]
+        card, fold = article.index("lt-card"), article.index("<details class='lt-fold lt-fold--code'>")
+        assert card < fold < article.index("cell_input") < article.index("globals") < article.index("</details>")

@@ -168,6 +168,8 @@ def test_a_small_book_renders_without_a_warning_and_notices_when_a_chapter_goes_
     assert [a["data-tested"] for a in scores.all("tr") if "data-tested" in a] == ["exact", "scaled"]
     scripted = [p.name for p in html.rglob("*.html") if "scoreboard.js" in p.read_text(encoding="utf-8")]
     assert scripted == ["scoreboard.html"], "only the scoreboard loads its script"
+    watched = [p.name for p in html.rglob("*.html") if "scrolling.js" in p.read_text(encoding="utf-8")]
+    assert watched == ["toy.html"], "only chapters have boxes that scroll"
     assert [a.get("href") for a in scores.all("a") if a.get("href") == "chapters/toy.html"]
     assert "stale" not in scores.text
     front = Outline(html / "book" / "index.html")

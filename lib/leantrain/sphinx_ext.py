@@ -133,7 +133,8 @@ class Fold(nodes.General, nodes.Element):
 
 
 def _visit_fold(self: HTML5Translator, node: Fold) -> None:
-    self.body.append(f"<details class='lt-fold'><summary>{html.escape(node['summary'])}</summary>\n")
+    classes = " ".join(["lt-fold", *node["classes"]])
+    self.body.append(f"<details class='{classes}'><summary>{html.escape(node['summary'])}</summary>\n")
 
 
 def _depart_fold(self: HTML5Translator, node: Fold) -> None:
@@ -584,6 +585,28 @@ def _fold_solutions(app: Sphinx, doctree: nodes.document) -> None:
         around[start:end] = [fold]
 
 
+def _fold_opening(app: Sphinx, doctree: nodes.document) -> None:
+    """Open a chapter with its card, and fold the code that stands before it: the parameters and the imports."""
+    if posixpath.dirname(app.env.docname) != "book/chapters":
+        return
+    first = next((cell for cell in doctree.findall(nodes.container) if "tag_parameters" in cell["classes"]), None)
+    if first is None:
+        return
+    around, start = first.parent, first.parent.index(first)
+    end = next((i for i in range(start, len(around)) if _outputs(around[i])), None)
+    if end is None:
+        return
+    card = around[end]
+    code = nodes.container("", *(part for part in card if part not in _outputs(card)), classes=["cell"])
+    card.children = _outputs(card)
+    fold = Fold("", *around[start:end], code, summary="Parameters and imports", classes=["lt-fold--code"])
+    around[start : end + 1] = [card, fold]
+
+
+def _outputs(cell: nodes.Element) -> list[nodes.Node]:
+    return [part for part in cell if isinstance(part, nodes.container) and "cell_output" in part["classes"]]
+
+
 def _mathjax_file() -> Path:
     spec = importlib.util.find_spec("sphinx-mathjax-offline")
     if spec is None or spec.origin is None:
@@ -606,12 +629,14 @@ def _bring_mathjax(app: Sphinx) -> None:
 def _adapt_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
     """Give a page the scripts that it needs, and lists of references the roles that browsers know.
 
-    Only the scoreboard needs its script, and no page those that would run code on a server elsewhere: Jupyter Book
-    declares these twice, which is an error in the browser's console. The role that docutils gives to a reference has
-    been withdrawn from the standard, and leaves its list without an item.
+    The scoreboard and the chapters have one each, and no page needs those that would run code on a server elsewhere:
+    Jupyter Book declares these twice, which is an error in the browser's console. The role that docutils gives to a
+    reference has been withdrawn from the standard, and leaves its list without an item.
     """
     if page == _SCOREBOARD:
         app.add_js_file("scoreboard.js", loading_method="defer")
+    elif page.startswith("book/chapters/"):
+        app.add_js_file("scrolling.js", loading_method="defer")
     if "body" in context:
         context["body"] = _REFERENCE_ROLES.sub("", context["body"])
     for kind in ("script_files", "css_files"):
@@ -661,6 +686,7 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("source-read", _prepare_chapter)
     app.connect("doctree-read", _mark_stale)
     app.connect("doctree-read", _fold_solutions)
+    app.connect("doctree-read", _fold_opening)
     app.connect("html-page-context", _adapt_page)
     app.connect("build-finished", _export_scoreboard)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}
