@@ -226,7 +226,7 @@ def _train(names: tuple[str, ...], stack: Stack, share: float) -> Outcome:
     model = small_vit(**_VIT, mlp_ratio=2.0)
     model.init_weights("jax")  # from timm's own start, narrow models stay on a plateau for most of so short a run
     # That start leaves the head at zero, where an optimiser that steps in proportion to the weights keeps it for good.
-    torch.nn.init.trunc_normal_(model.head.weight, std=0.02)
+    torch.nn.init.trunc_normal_(cast(torch.nn.Linear, model.head).weight, std=0.02)
     module = StackedClassifier(model, stack, rate=share * RATES[stack.optimizer], num_classes=10)
     data.set_seed(0)
     watch = _Watch()
