@@ -105,17 +105,6 @@ def test_command_line_text_that_does_not_fit_is_refused(name, text):
         KNOWN[name].from_text(text)
 
 
-@given(st.text(max_size=40))
-def test_any_text_is_a_valid_value_or_a_clear_refusal(text):
-    for parameter in KNOWN.values():
-        try:
-            value = parameter.from_text(text)
-        except ParameterError as error:
-            assert parameter.name in str(error)
-        else:
-            assert parameter.check(value) == value
-
-
 @given(
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), st.lists, max_leaves=5)
 )

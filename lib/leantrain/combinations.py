@@ -10,13 +10,10 @@ made.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -24,6 +21,7 @@ import lightning as L
 import torch
 
 from leantrain import paths
+from leantrain.experiment import _quiet  # a public name there would make all published runs stale
 from leantrain.low_rank.factors import factors_of
 from leantrain.studies.stacking import SWITCHES, Stack, StackedClassifier, active_images, stacked
 from leantrain.techniques.adan import Adan
@@ -255,21 +253,6 @@ def _train(names: tuple[str, ...], stack: Stack, share: float) -> Outcome:
     reason = f"{' and '.join(missing)} left no trace" if missing else "" if loss < MARK else "the loss stays high"
     traces = {name: trace for name, trace in found.items() if trace is not None}
     return Outcome(names, not reason, round(loss, 2), share, traces, reason)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Lightning's advice."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\..*")
-            warnings.filterwarnings("ignore", message=r".*(num_workers|LeafSpec|tensorboardX).*")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def stored() -> list[Outcome]:
