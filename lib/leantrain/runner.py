@@ -82,7 +82,7 @@ class Outcome:
         return self.status in ("done", "fresh")
 
 
-#: Called with (slug, event, fields): started, cell (index, total), finished (outcome).
+#: Called with (slug, event, fields): started, cell (index, total), retried (attempt, limit, cause), finished (outcome).
 Progress = Callable[[str, str, Mapping[str, Any]], None]
 
 #: Executes a job into its partial file. Returns None when every cell was executed, else what went wrong.
@@ -338,6 +338,8 @@ def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) ->
                 continue
             if event["event"] == "cell":
                 report(job.paper.slug, "cell", {"index": event["index"] + 1, "total": event["total"]})
+            elif event["event"] == "retried":
+                report(job.paper.slug, "retried", {name: event[name] for name in ("cause", "attempt", "limit")})
             elif event["event"] == "failed":
                 causes.append(event["cause"])
 

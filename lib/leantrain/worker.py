@@ -11,10 +11,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 __all__ = ["main"]
+
+#: How often a kernel that did not come up is started again: a run that has executed no cell can lose nothing.
+RETRIES = 2
 
 
 def _report(event: str, **fields: object) -> None:
@@ -69,6 +73,25 @@ def _register_engine(started_cells: list[str]) -> None:
     papermill_engines.register("leantrain", ReportingEngine)
 
 
+class KernelNeverStarted(Exception):
+    """A kernel ended or stayed silent before the first cell, each time that it was started."""
+
+
+def _with_retries(execute: Callable[[], None], cells: Sequence[str]) -> None:
+    """Execute; a few times where the kernel does not come up, as when another program has just taken its port."""
+    for attempt in range(1, RETRIES + 2):
+        try:
+            return execute()
+        except RuntimeError as error:  # jupyter_client has no class of its own for this
+            if cells:
+                raise
+            cause = f"the kernel did not start: {error}"
+        if attempt <= RETRIES:
+            _report("retried", cause=cause, attempt=attempt, limit=RETRIES)
+            time.sleep(attempt)
+    raise KernelNeverStarted(cause)
+
+
 def main() -> int:
     """Run the notebook that the specification names; 0 when papermill is content, 1 after a failure it reported."""
     spec = json.loads(sys.argv[1])
@@ -84,9 +107,8 @@ def main() -> int:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     cells: list[str] = []
-    try:
-        KernelSpecManager().get_kernel_spec(spec["kernel"])
-        _register_engine(cells)
+
+    def execute() -> None:
         papermill.execute_notebook(
             _literal(spec["source"]),
             _literal(spec["output"]),
@@ -99,6 +121,11 @@ def main() -> int:
             start_timeout=180,
             execution_timeout=spec["cell_timeout"],
         )
+
+    try:
+        KernelSpecManager().get_kernel_spec(spec["kernel"])
+        _register_engine(cells)
+        _with_retries(execute, cells)
     except papermill.PapermillExecutionError as error:
         _report("failed", cause=f"{error.ename}: {error.evalue}{_place([error.source])}")
     except DeadKernelError:
@@ -108,6 +135,8 @@ def main() -> int:
         _report("failed", cause=f"a cell ran longer than the limit of {limit} s{_place(cells)}")
     except NoSuchKernel as error:
         _report("failed", cause=f"no Jupyter kernel is named {error.name!r}; `make env` installs the project's own")
+    except KernelNeverStarted as error:
+        _report("failed", cause=f"{error} (tried {RETRIES + 1} times); `make env` installs the project's own")
     except OSError as error:
         _report("failed", cause=f"cannot write the notebook: {error.strerror or error}")
     else:

@@ -113,6 +113,33 @@ def test_a_worker_that_is_killed_is_named_and_its_kernel_goes_too(workshop):
     assert workshop.processes() == []
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_kernel_that_does_not_come_up_is_started_again_twice(workshop, tmp_path, monkeypatch, failures):
+    flaky = f"""\
+import os, runpy, sys
+with open(os.environ["LEDGER"], "a+") as ledger:
+    ledger.write("start\\n")
+    ledger.seek(0)
+    if len(ledger.readlines()) <= {failures}:
+        sys.exit(1)
+runpy.run_module("ipykernel_launcher", run_name="__main__")"""
+    spec = {"argv": [sys.executable, "-c", flaky, "-f", "{connection_file}"], "display_name": "Flaky"}
+    folder = tmp_path / "jupyter" / "kernels" / "flaky"
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text(json.dumps(spec | {"language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    workshop.bare("done = True")
+    seen = []
+    (outcome,) = runner.run_jobs([quick(kernel="flaky")], progress=lambda *event: seen.append(event))
+    cause = "the kernel did not start: Kernel died before replying to kernel_info"
+    retried = [fields for _, event, fields in seen if event == "retried"]
+    assert retried == [{"cause": cause, "attempt": attempt, "limit": 2} for attempt in (1, 2)]
+    expected = "the notebook holds 0 records" if failures == 2 else r"the kernel did not start: .* \(tried 3 times\); "
+    assert re.search(expected, outcome.cause), outcome.cause
+    assert workshop.ledger.read_text().count("start") == 3
+    assert workshop.processes() == []
+
+
 def test_signals_at_random_moments_leave_the_old_result_and_no_process(executed, workshop):
     executed.write_notebook("import time\ntime.sleep(1)")
     old = executed.chapter.read_text()

@@ -70,7 +70,10 @@ MATRIX: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "A9": (
         "32 starts at once",
-        {"reliability/test_execution": "test_thirty_two_runs_start_at_once_with_one_thread_each"},
+        {
+            "reliability/test_execution": "test_thirty_two_runs_start_at_once_with_one_thread_each "
+            "test_a_kernel_that_does_not_come_up_is_started_again_twice"
+        },
     ),
     "A10": (
         "a GPU is missing or taken",
@@ -93,6 +96,8 @@ MATRIX: dict[str, tuple[str, dict[str, str]]] = {
         {
             "reliability/test_execution": "test_a_worker_that_is_killed_is_named_and_its_kernel_goes_too "
             "test_twenty_three_chapters_with_five_seeds_survive_two_deaths_of_the_runner",
+            "test_ray": "test_a_worker_that_is_killed_is_survived_with_the_same_result "
+            "test_a_node_that_is_lost_is_survived_with_the_same_result",
         },
     ),
     "A14": (
@@ -372,6 +377,7 @@ MATRIX: dict[str, tuple[str, dict[str, str]]] = {
             "test_pages": "test_every_link_within_the_book_leads_somewhere test_every_picture_says_what_it_shows",
             "test_sphinx_ext": "test_unknown_names_fail_the_build_and_are_all_named",
             "test_papers": "test_citation_agrees_with_the_row",
+            "test_browser": "test_a_page_is_sound_and_open_to_everyone",
         },
     ),
     "F8": (
@@ -391,6 +397,7 @@ MATRIX: dict[str, tuple[str, dict[str, str]]] = {
             "test_plotting": "test_colours_stay_apart_in_greyscale test_colours_stay_apart_for_the_colour_blind",
             "test_pages": "test_headings_skip_no_level test_no_anchor_stands_twice",
             "test_sphinx_ext": "test_the_scoreboard_is_a_table_that_a_screen_reader_can_walk",
+            "test_browser": "test_a_page_is_sound_and_open_to_everyone",
         },
     ),
     "G1": ("a clean machine", {"test_house": "test_the_readmes_commands_run"}),
@@ -401,6 +408,7 @@ MATRIX: dict[str, tuple[str, dict[str, str]]] = {
         {
             "test_book": "test_without_a_browser_the_error_says_how_to_get_one",
             "test_sphinx_ext": "test_without_its_package_the_mathjax_step_says_what_to_install",
+            "test_ray": "test_without_ray_the_command_says_how_to_get_it",
         },
     ),
     "G5": (
@@ -434,14 +442,13 @@ MATRIX: dict[str, tuple[str, dict[str, str]]] = {
 ELSEWHERE = {
     "A10": "needs a GPU to take away; a record says which accelerator it ran on, and the pages print it",
     "A11": "needs a GPU whose memory can be filled",
-    "A13": "runs are started on one machine; a lost worker there is a killed process",
     "D4": "nothing resumes within a run: what is kept is a finished pair of arm and seed",
     "E3": "GPU against CPU needs a GPU",
     "F7": "links to other sites need a network, which the tests do without",
     "G1": "the gate itself runs on a clean checkout with nothing but the README's commands",
     "G2": "needs the package index, which the tests do without; readers have the versions of the lock",
     "G3": "only the locked versions are supported, and the lock pins all of them",
-    "G4": "every package that a chapter imports is in the lock",
+    "G4": "every package that a chapter imports is in the lock; only Ray and a browser are optional",
 }
 
 LENGTHS = {"A": 15, "B": 6, "C": 8, "D": 5, "E": 8, "F": 10, "G": 8}
