@@ -256,7 +256,10 @@ def _flat(result: Result | None, prefix: str) -> dict[str, Any]:
         "changes": "; ".join(result.changes) if result else None,
         **{
             name: getattr(run.provenance, name) if run else None
-            for name in ("processor", "cores", "threads", "accelerator", "wall_s", "started", "commit", "modified")
+            for name in (
+                *("processor", "cores", "threads", "accelerator", "wall_s", "runs", "runs_from_cache"),
+                *("started", "commit", "modified"),
+            )
         },
     }
     return {f"{prefix}{name}": value for name, value in values.items()}

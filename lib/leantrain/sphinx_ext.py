@@ -45,7 +45,7 @@ from leantrain.book import (
 )
 from leantrain.catalog import Catalog, CatalogError, Claim, Decision, Paper, Part, Quantity, Verdict, load_catalog
 from leantrain.chapter import badge, format_quantity
-from leantrain.records import MIME, Record, published_records
+from leantrain.records import MIME, Provenance, Record, published_records
 from leantrain.replication import Assumptions, Cost, replication_costs
 
 if TYPE_CHECKING:
@@ -155,6 +155,12 @@ def _freshness_html(changes: tuple[str, ...] | list[str]) -> str:
     return f"<span class='lt-stale'><span aria-hidden='true'>⚠</span> stale: {html.escape(', '.join(changes))}</span>"
 
 
+def _duration(p: Provenance) -> str:
+    """How long a run took; trainings that an earlier, interrupted run had finished are not in it."""
+    kept = f", {p.runs_from_cache} of {p.runs} trainings kept from an earlier run" if p.runs_from_cache else ""
+    return _minutes(p.wall_s) + kept
+
+
 def _run_html(result: Result, label: str) -> str:
     """Where, when and for how long a run was made."""
     e, p = html.escape, result.record.provenance
@@ -162,7 +168,7 @@ def _run_html(result: Result, label: str) -> str:
     facts = [
         f"profile <code>{e(result.record.profile)}</code>",
         e(machine + (f", {p.accelerator}" if p.accelerator else "")),
-        _minutes(p.wall_s),
+        _duration(p),
         e(p.started) + (", tree with local changes" if p.modified else ""),
         _freshness_html(result.changes),
     ]
@@ -334,7 +340,7 @@ def combinations_html(found: Mapping[str, Any], address: Callable[[str], str]) -
         body += f"<tr><th scope='row'>{link}</th>{cells}</tr>"
     pairs = [one for one in outcomes.values() if len(one["techniques"]) == 2]
     fitting = sum(one["trains"] for one in pairs)
-    caption = (
+    legend = (
         f"{fitting} of {len(pairs)} pairs train. A number is the loss on the validation images after {found['epochs']} "
         f"epochs; below {found['mark']:.2f} counts, plain training has {outcomes[frozenset()]['loss']:.2f}. "
         "On the diagonal: the technique alone."
@@ -348,8 +354,10 @@ def combinations_html(found: Mapping[str, Any], address: Callable[[str], str]) -
         f"<dt>{e(name)}</dt><dd>{e(outcomes[frozenset((name,))]['traces'].get(name, 'none'))}</dd>" for name in names
     )
     return (
+        f"<p>{e(legend)}</p>"
         "<div class='lt-wide' tabindex='0' role='region' aria-label='Pairs of techniques'><table class='lt-pairs'>"
-        f"<caption>{e(caption)}</caption><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<caption>Pairs of techniques</caption><thead><tr><td></td>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
         + (f"<p>Pairs that do not train:</p><ul>{faults}</ul>" if faults else "")
         + f"<p>The trace that each technique leaves, here alone:</p><dl class='lt-assumptions'>{traces}</dl>"
     )
