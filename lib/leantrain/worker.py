@@ -20,6 +20,8 @@ __all__ = ["main"]
 #: How often a kernel that did not come up is started again: a run that has executed no cell can lose nothing.
 RETRIES = 2
 
+OWN = "`make env` installs the project's own"
+
 
 def _report(event: str, **fields: object) -> None:
     sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
@@ -107,6 +109,7 @@ def main() -> int:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     cells: list[str] = []
+    program = ""
 
     def execute() -> None:
         papermill.execute_notebook(
@@ -123,7 +126,7 @@ def main() -> int:
         )
 
     try:
-        KernelSpecManager().get_kernel_spec(spec["kernel"])
+        program = KernelSpecManager().get_kernel_spec(spec["kernel"]).argv[0]
         _register_engine(cells)
         _with_retries(execute, cells)
     except papermill.PapermillExecutionError as error:
@@ -134,11 +137,14 @@ def main() -> int:
         limit = spec["cell_timeout"]
         _report("failed", cause=f"a cell ran longer than the limit of {limit} s{_place(cells)}")
     except NoSuchKernel as error:
-        _report("failed", cause=f"no Jupyter kernel is named {error.name!r}; `make env` installs the project's own")
+        _report("failed", cause=f"no Jupyter kernel is named {error.name!r}; {OWN}")
     except KernelNeverStarted as error:
-        _report("failed", cause=f"{error} (tried {RETRIES + 1} times); `make env` installs the project's own")
+        _report("failed", cause=f"{error} (tried {RETRIES + 1} times); {OWN}")
     except OSError as error:
-        _report("failed", cause=f"cannot write the notebook: {error.strerror or error}")
+        if error.filename == program:
+            _report("failed", cause=f"the kernel {spec['kernel']!r} needs {program}, which cannot be started; {OWN}")
+        else:
+            _report("failed", cause=f"cannot write the notebook: {error.strerror or error}")
     else:
         _report("executed")
         return 0

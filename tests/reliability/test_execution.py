@@ -113,8 +113,22 @@ def test_a_worker_that_is_killed_is_named_and_its_kernel_goes_too(workshop):
     assert workshop.processes() == []
 
 
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs a Jupyter kernel of a name that starts with these words."""
+
+    def install(name, *words):
+        folder = tmp_path / "jupyter" / "kernels" / name
+        folder.mkdir(parents=True)
+        spec = {"argv": [*words, "-f", "{connection_file}"], "display_name": name, "language": "python"}
+        (folder / "kernel.json").write_text(json.dumps(spec))
+        monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+
+    return install
+
+
 @pytest.mark.parametrize("failures", [2, 3])
-def test_a_kernel_that_does_not_come_up_is_started_again_twice(workshop, tmp_path, monkeypatch, failures):
+def test_a_kernel_that_does_not_come_up_is_started_again_twice(workshop, install, failures):
     flaky = f"""\
 import os, runpy, sys
 with open(os.environ["LEDGER"], "a+") as ledger:
@@ -123,11 +137,7 @@ with open(os.environ["LEDGER"], "a+") as ledger:
     if len(ledger.readlines()) <= {failures}:
         sys.exit(1)
 runpy.run_module("ipykernel_launcher", run_name="__main__")"""
-    spec = {"argv": [sys.executable, "-c", flaky, "-f", "{connection_file}"], "display_name": "Flaky"}
-    folder = tmp_path / "jupyter" / "kernels" / "flaky"
-    folder.mkdir(parents=True)
-    (folder / "kernel.json").write_text(json.dumps(spec | {"language": "python"}))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    install("flaky", sys.executable, "-c", flaky)
     workshop.bare("done = True")
     seen = []
     (outcome,) = runner.run_jobs([quick(kernel="flaky")], progress=lambda *event: seen.append(event))
@@ -138,6 +148,13 @@ runpy.run_module("ipykernel_launcher", run_name="__main__")"""
     assert re.search(expected, outcome.cause), outcome.cause
     assert workshop.ledger.read_text().count("start") == 3
     assert workshop.processes() == []
+
+
+def test_a_kernel_whose_program_is_gone_is_named(workshop, install):
+    install("orphan", "/no/such/python")
+    workshop.bare("done = True")
+    (outcome,) = runner.run_jobs([quick(kernel="orphan")])
+    assert "the kernel 'orphan' needs /no/such/python, which cannot be started; `make env`" in outcome.cause
 
 
 def test_signals_at_random_moments_leave_the_old_result_and_no_process(executed, workshop):

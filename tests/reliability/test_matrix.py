@@ -50,7 +50,13 @@ MATRIX: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "A5": ("sys.exit in a cell", {"test_runner": "test_a_failed_run_says_why_and_keeps_what_there_is"}),
-    "A6": ("an unknown kernel", {"test_runner": "test_an_unknown_kernel_is_named_before_anything_is_written"}),
+    "A6": (
+        "an unknown kernel",
+        {
+            "test_runner": "test_an_unknown_kernel_is_named_before_anything_is_written",
+            "reliability/test_execution": "test_a_kernel_whose_program_is_gone_is_named",
+        },
+    ),
     "A7": (
         "no folder, no permission, no space",
         {
