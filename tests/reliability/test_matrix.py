@@ -243,6 +243,9 @@ MATRIX: dict[str, tuple[str, dict[str, str]]] = {
             "training/test_schedules": "test_the_schedule_resumes_from_its_state",
             "data/test_image_sets": "test_the_trainers_epochs_give_the_batches_also_after_a_resume",
             "reliability/test_numerics": "test_clars_goes_on_where_it_stopped",
+            "reliability/test_resume": "test_a_run_goes_on_where_it_stopped_to_the_last_bit "
+            "test_a_checkpoint_alone_is_enough_to_go_on test_seeded_data_go_on_where_they_stopped "
+            "test_what_a_run_counts_and_collects_goes_on_too",
         },
     ),
     "D4": (

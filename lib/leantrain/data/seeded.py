@@ -1,7 +1,7 @@
 """Data modules whose batches depend on the seed and the epoch alone.
 
 Two arms of a comparison that use the same seed see bit-identical batches, whatever they draw from PyTorch's own
-random number generators, and a run that goes on after an interruption sees the batches it would have seen.
+random number generators.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class SeededData(L.LightningDataModule):
     and on nothing else. The epoch is the trainer's while a trainer fits; in a plain loop call :meth:`set_epoch`.
     The last training batch is dropped if it is short, unless it is the only one; validation keeps every sample, in a
     fixed order.
+
+    So a run that goes on from a checkpoint sees the batches it would have seen, with one exception: where its module
+    asks for `trainer.estimated_stepping_batches`, Lightning starts the first epoch before it has loaded the number,
+    and that epoch has the batches of epoch 0.
 
     Attributes:
         name: The set's name.
