@@ -258,6 +258,20 @@ def test_a_solution_is_folded_until_it_is_asked_for(desktop):
         expect(shown).to_be_visible()
 
 
+def test_a_note_stands_in_the_margin_or_where_there_is_none_in_the_text(desktop):
+    page = desktop.open("book/chapters/gqkva")
+    note, text = page.locator("aside.margin"), page.locator("article section section > p").first
+    try:
+        for screen, beside in (("desktop", True), ("phone", False)):
+            page.set_viewport_size(SCREENS[screen])
+            expect(note).to_contain_text("grouped-query attention")
+            here, column = note.bounding_box(), text.bounding_box()
+            assert (here["x"] >= column["x"] + column["width"]) == beside
+            assert here["x"] + here["width"] <= SCREENS[screen]["width"]
+    finally:
+        page.set_viewport_size(SCREENS["desktop"])
+
+
 def test_a_chapter_downloads_as_it_was_executed_and_no_button_starts_it_elsewhere(desktop):
     page = desktop.open("book/chapters/gqkva")
     page.get_by_role("button", name="Download this page").click()
