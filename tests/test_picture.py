@@ -53,6 +53,16 @@ def test_signs_and_edges_say_what_the_rows_say(executed):
         assert (group.find(f"{SVG}rect").get("stroke") is not None) == row.claim.headline
 
 
+def test_on_the_page_of_the_table_each_name_leads_to_its_papers_rows():
+    rows = rows_of_the_book()
+    plain, linked = (ElementTree.fromstring(scoreboard_picture(rows, linked=linked)) for linked in (False, True))
+    assert plain.get("role") == "img"
+    assert not plain.findall(f"{SVG}a")
+    assert linked.get("role") == "group", "what is one image to a screen reader may hold no links"
+    found = [(a.find(f"{SVG}text").text, a.get("href")) for a in linked.findall(f"{SVG}a")]
+    assert found == list(dict.fromkeys((row.paper.short, f"#score-{row.paper.slug}") for row in rows))
+
+
 def test_names_are_escaped_and_an_unchanged_picture_is_not_written_again(executed, monkeypatch):
     rows = scoreboard_rows(load_catalog(), {}, {}, unchanged)
     sharp = [row.__class__(row.part, row.paper.model_copy(update={"short": "A<&B"}), row.claim) for row in rows]

@@ -1,4 +1,4 @@
-"""The scoreboard as a picture, for pages that cannot run the book: one square a claim, in two columns of papers."""
+"""The scoreboard at a glance, as a picture: one square a claim, in two columns of papers."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def _square(verdict: Verdict, x: float, y: float, *, edge: bool = False) -> str:
     )
 
 
-def _row(rows: Sequence[ScoreRow], x: int, y: int) -> str:
+def _row(rows: Sequence[ScoreRow], x: int, y: int, *, linked: bool) -> str:
     """A paper's name and the squares of its claims, headlines first in the catalogue's order; (x, y) is top left."""
-    parts = [f'<text x="{x}" y="{y + 16}">{html.escape(rows[0].paper.short)}</text>']
+    name = f'<text x="{x}" y="{y + 16}">{html.escape(rows[0].paper.short)}</text>'
+    parts = [f'<a href="#score-{rows[0].paper.slug}">{name}</a>' if linked else name]
     for place, row in enumerate(rows):
         square = _square(row.decision.verdict, x + _NAME + place * (_SQUARE + 4), y + 1, edge=row.claim.headline)
         title = f"{html.escape(row.claim.sentence)} {row.decision.verdict.value}."
@@ -54,12 +55,13 @@ def _legend(rows: Sequence[ScoreRow], y: int) -> str:
     return "".join(parts)
 
 
-def scoreboard_picture(rows: Sequence[ScoreRow]) -> str:
+def scoreboard_picture(rows: Sequence[ScoreRow], *, linked: bool = False) -> str:
     """The scoreboard as SVG.
 
     Args:
         rows: Every claim of the book, in its order; the squares of headline claims have an edge. The claims of the
             book's own studies are left out: the picture is about papers.
+        linked: Whether names lead to the papers' rows of the table, which stands on the same page.
 
     Returns:
         The picture, with a description and every claim's sentence as text.
@@ -77,13 +79,13 @@ def scoreboard_picture(rows: Sequence[ScoreRow]) -> str:
         above = sum(heights[:place]) if place < first else sum(heights[first:place])
         y = round(_MARGIN + above * _LINE)
         drawn.append(f'<text x="{x}" y="{y + 16}" font-weight="600">{html.escape(title)}</text>')
-        drawn += [_row(claims, x, y + (k + 1) * _LINE) for k, claims in enumerate(papers)]
+        drawn += [_row(claims, x, y + (k + 1) * _LINE, linked=linked) for k, claims in enumerate(papers)]
         lowest = max(lowest, y + (len(papers) + 1) * _LINE)
     height = lowest + 2 * _LINE + _MARGIN
     counts = ", ".join(f"{count} {verdict.value}" for verdict, count in tally(rows).items() if count)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
-        f'role="img" aria-label="Verdicts on {len(rows)} claims: {counts}" '
+        f'role="{"group" if linked else "img"}" aria-label="Verdicts on {len(rows)} claims: {counts}" '
         'font-family="system-ui, Helvetica, Arial, sans-serif" font-size="13" fill="#1c222a">'
         f'<rect width="{_WIDTH}" height="{height}" rx="8" fill="#ffffff"/>'
         + "\n".join(drawn)

@@ -45,6 +45,7 @@ from leantrain.book import (
 )
 from leantrain.catalog import Catalog, CatalogError, Claim, Decision, Paper, Part, Quantity, Verdict, load_catalog
 from leantrain.chapter import badge, format_quantity
+from leantrain.picture import scoreboard_picture
 from leantrain.records import MIME, Provenance, Record, published_records
 from leantrain.replication import Assumptions, Cost, replication_costs
 
@@ -376,13 +377,15 @@ _SCOREBOARD_HEAD = (
 
 
 class ScoreboardDirective(SphinxDirective):
-    """`{scoreboard}`: its controls and files, and a section for each part of the book with its table."""
+    """`{scoreboard}`: its picture, controls and files, and a section for each part of the book with its table."""
 
     def run(self) -> list[nodes.Node]:
         book = _book(self.env)
         # A machine's own results are news only beside published ones or on the machine that made them.
         with_local = any(row.local for row in book.rows)
-        sections: list[nodes.Node] = [BookHtml(markup=_SCOREBOARD_HEAD)]
+        picture = scoreboard_picture(book.rows, linked=True)
+        glance = f"<div class='lt-wide lt-glance' tabindex='0' role='region' aria-label='At a glance'>{picture}</div>"
+        sections: list[nodes.Node] = [BookHtml(markup=glance + _SCOREBOARD_HEAD)]
         for part in book.catalog.parts:
             rows = [row for row in book.rows if row.part.slug == part.slug]
             if not rows:
