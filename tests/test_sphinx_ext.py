@@ -96,7 +96,8 @@ def test_the_scoreboard_marks_what_needs_a_mark(executed):
 
 def test_the_scoreboard_says_when_a_runs_time_is_not_all_of_it(executed):
     provenance = read_record(executed.chapter).provenance
-    assert "· 62 s · 2026-01-02" in sphinx_ext.scoreboard_html((rows := rows_of(executed))[0].part, rows, False)
+    rows = rows_of(executed)
+    assert "· 62 s · 2026-01-02" in sphinx_ext.scoreboard_html(rows[0].part, rows, with_local=False)
     rows = rows_of(executed, provenance=provenance.model_copy(update={"runs_from_cache": 4}))
     kept = "· 62 s, 4 of 6 trainings kept from an earlier run · 2026-01-02"
     assert kept in sphinx_ext.scoreboard_html(rows[0].part, rows, with_local=False)

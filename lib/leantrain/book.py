@@ -245,6 +245,13 @@ def scoreboard_table(rows: Iterable[ScoreRow]) -> list[dict[str, Any]]:
     return table
 
 
+#: What the exported scoreboard says of a run's provenance.
+_RUN_FACTS = (
+    "processor", "cores", "threads", "accelerator", "wall_s", "runs", "runs_from_cache",
+    "started", "commit", "modified",
+)  # fmt: skip
+
+
 def _flat(result: Result | None, prefix: str) -> dict[str, Any]:
     quantity = result.quantity if result else None
     run = result.record if result else None
@@ -254,13 +261,7 @@ def _flat(result: Result | None, prefix: str) -> dict[str, Any]:
         "profile": run.profile if run else None,
         "freshness": None if result is None else "stale" if result.changes else "fresh",
         "changes": "; ".join(result.changes) if result else None,
-        **{
-            name: getattr(run.provenance, name) if run else None
-            for name in (
-                *("processor", "cores", "threads", "accelerator", "wall_s", "runs", "runs_from_cache"),
-                *("started", "commit", "modified"),
-            )
-        },
+        **{name: getattr(run.provenance, name) if run else None for name in _RUN_FACTS},
     }
     return {f"{prefix}{name}": value for name, value in values.items()}
 

@@ -266,6 +266,11 @@ def tally_html(rows: list[ScoreRow]) -> str:
     return f"<div class='lt-tally'><p>{text}</p><ul>{items}</ul></div>" if items else f"<p>{text}</p>"
 
 
+def _wide(label: str, content: str) -> str:
+    """Content that may be wider than the page, in a box that the mouse and the keyboard can scroll."""
+    return f"<div class='lt-wide' tabindex='0' role='region' aria-label='{label}'>{content}</div>"
+
+
 def _amount(x: float) -> str:
     """A number to two digits or the nearest whole."""
     return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
@@ -302,11 +307,11 @@ def replication_html(catalog: Catalog, costs: dict[str, tuple[Cost, Cost]], assu
     total = [_amount(sums[0] / 1e18), _amount(sums[1]), _amount(sums[2]), "", _amount(sums[3])]
     foot = "<tr><th scope='row'>All</th><td></td>" + "".join(f"<td>{cell}</td>" for cell in total) + "</tr>"
     caption = "<caption>What each chapter's paper profile costs</caption>"
-    return (
-        f"<dl class='lt-assumptions'>{listed}</dl>"
-        f"<div class='lt-wide' tabindex='0' role='region' aria-label='Costs'><table class='lt-costs'>{caption}"
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table></div>"
+    table = (
+        f"<table class='lt-costs'>{caption}"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table>"
     )
+    return f"<dl class='lt-assumptions'>{listed}</dl>" + _wide("Costs", table)
 
 
 def _pair_cell(outcome: Mapping[str, Any]) -> str:
@@ -354,11 +359,13 @@ def combinations_html(found: Mapping[str, Any], address: Callable[[str], str]) -
     traces = "".join(
         f"<dt>{e(name)}</dt><dd>{e(outcomes[frozenset((name,))]['traces'].get(name, 'none'))}</dd>" for name in names
     )
+    table = (
+        f"<table class='lt-pairs'><caption>Pairs of techniques</caption><thead><tr><td></td>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table>"
+    )
     return (
         f"<p>{e(legend)}</p>"
-        "<div class='lt-wide' tabindex='0' role='region' aria-label='Pairs of techniques'><table class='lt-pairs'>"
-        f"<caption>Pairs of techniques</caption><thead><tr><td></td>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
+        + _wide("Pairs of techniques", table)
         + (f"<p>Pairs that do not train:</p><ul>{faults}</ul>" if faults else "")
         + f"<p>The trace that each technique leaves, here alone:</p><dl class='lt-assumptions'>{traces}</dl>"
     )
@@ -383,8 +390,7 @@ class ScoreboardDirective(SphinxDirective):
         book = _book(self.env)
         # A machine's own results are news only beside published ones or on the machine that made them.
         with_local = any(row.local for row in book.rows)
-        picture = scoreboard_picture(book.rows, linked=True)
-        glance = f"<div class='lt-wide lt-glance' tabindex='0' role='region' aria-label='At a glance'>{picture}</div>"
+        glance = _wide("At a glance", scoreboard_picture(book.rows, linked=True))
         sections: list[nodes.Node] = [BookHtml(markup=glance + _SCOREBOARD_HEAD)]
         for part in book.catalog.parts:
             rows = [row for row in book.rows if row.part.slug == part.slug]
