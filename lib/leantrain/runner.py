@@ -4,11 +4,13 @@ Every run is a process of its own that executes into a partial file. Only when t
 every code cell ran in order and left a valid record does the notebook take its final name, in one step. A failed
 run leaves the partial file, marked incomplete with the cause, beside the untouched older result. Every process of a
 run carries its mark: none outlives the run, and what a runner that was itself killed left behind is ended by the next.
+No run waits without end: a worker that is silent for longer than its kernel or its cell may take is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import queue
@@ -17,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +30,18 @@ from typing import Any
 from leantrain import paths
 from leantrain.catalog import Paper
 from leantrain.records import IncompleteRun, finish, freshness, profile_parameters, read_record, run_path, strip_paths
+from leantrain.worker import OWN
 
 __all__ = ["CELL_TIMEOUT", "Execute", "Job", "Outcome", "Progress", "plan", "run_jobs"]
 
 #: Longest time that one cell may take, in seconds, by profile.
 CELL_TIMEOUT = {"quick": 300, "book": 3600, "paper": 14 * 24 * 3600}
+
+#: Longest time that a kernel may take to come up, and its worker to end or to answer beyond its own limits, in seconds.
+START_TIMEOUT, GRACE = 180, 120
+
+#: How often a run that got to no cell, and so can have lost nothing, is started again.
+RETRIES = 2
 
 #: Environment variable that every process of a run inherits; it names the run's partial file, which is its own alone.
 _MARK = "LEANTRAIN_RUN"
@@ -213,11 +223,7 @@ def _run(job: Job, execute: Execute, force: bool, stop: threading.Event, report:
             # What an older run left must not pass for a part of this one.
             for file in (job.partial, *job.target.parent.glob(f".{job.target.name}.*.part")):
                 file.unlink(missing_ok=True)
-            shutil.rmtree(_scratch(job), ignore_errors=True)
-            try:
-                cause = execute(job, stop, report)
-            finally:
-                shutil.rmtree(_scratch(job), ignore_errors=True)
+            cause = execute(job, stop, report)
             if cause is None:
                 cause = _publish(job)
     except Timeout:
@@ -233,9 +239,22 @@ def _run(job: Job, execute: Execute, force: bool, stop: threading.Event, report:
     return Outcome(job, "stopped" if stop.is_set() else "failed", cause, seconds)
 
 
-def _scratch(job: Job) -> Path:
-    """Where a run's kernel keeps its connection file and settings: the home folder may be read-only."""
-    return job.partial.with_suffix(".scratch")
+@contextlib.contextmanager
+def _scratch(job: Job) -> Iterator[Path]:
+    """A new folder of the run's own, for what a kernel keeps: sockets, connection file, settings.
+
+    Its name follows from the job, so that the next run removes what a killed runner left. It is short, as names of
+    sockets must be (108 bytes, 104 on macOS).
+    """
+    name = f"leantrain-{hashlib.sha256(str(job.partial).encode()).hexdigest()[:12]}"
+    usual = Path(tempfile.gettempdir())
+    folder = (usual if len(os.fsencode(usual)) < 60 else Path("/tmp")) / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end_processes(job: Job) -> None:
@@ -289,8 +308,37 @@ def _renew_prose(job: Job) -> None:
         paths.write_atomically(job.target, json.dumps(executed | {"cells": cells}, indent=1, ensure_ascii=False) + "\n")
 
 
+class _NotStarted(Exception):
+    """A worker got to no cell, for a reason that another start may not meet."""
+
+
 def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) -> str | None:
     """Run the worker; None when every cell was executed, else what went wrong."""
+    for attempt in range(1, RETRIES + 2):
+        try:
+            with _scratch(job) as scratch:
+                return _attempt(job, threads, scratch, stop, report)
+        except _NotStarted as error:
+            cause = f"the kernel did not start: {error}"
+        if attempt <= RETRIES:
+            report(job.paper.slug, "retried", {"cause": cause, "attempt": attempt, "limit": RETRIES})
+            stop.wait(attempt)
+    return f"{cause} (tried {RETRIES + 1} times); {OWN}"
+
+
+@dataclass
+class _Watch:
+    """Until when a worker may stay silent, and whether it stayed silent for longer."""
+
+    seconds: float = 0.0
+    deadline: float = 0.0
+    expired: bool = False
+
+    def allow(self, seconds: float) -> None:
+        self.seconds, self.deadline = seconds, time.monotonic() + seconds
+
+
+def _attempt(job: Job, threads: int, scratch: Path, stop: threading.Event, report: Progress) -> str | None:
     # Parameters that the source holds already are not injected: the quick run is the source, executed.
     own = profile_parameters(job.paper, "quick")
     injected = {name: value for name, value in job.parameters.items() if value != own[name]}
@@ -300,12 +348,15 @@ def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) ->
         "parameters": injected,
         "kernel": job.kernel,
         "cwd": str(paths.ROOT),
+        "scratch": str(scratch),
+        "start_timeout": START_TIMEOUT,
         "cell_timeout": job.cell_timeout,
     }
     environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1", _MARK: str(job.partial)}
     environment |= {"LEANTRAIN_ROOT": str(paths.ROOT), "LEANTRAIN_BUILD": str(paths.BUILD)}
-    # The reader's own start-up files and settings of IPython have no place in a run that others shall repeat.
-    environment |= {"JUPYTER_RUNTIME_DIR": str(_scratch(job)), "IPYTHONDIR": str(_scratch(job))}
+    # The reader's own start-up files and settings of IPython have no place in a run that others shall repeat, and the
+    # home folder may be read-only.
+    environment |= {"JUPYTER_RUNTIME_DIR": str(scratch), "IPYTHONDIR": str(scratch)}
     if not os.access(os.path.expanduser("~"), os.W_OK):
         # Matplotlib would say in every chapter where it keeps its fonts instead.
         environment.setdefault("MPLCONFIGDIR", str(paths.BUILD / "matplotlib"))
@@ -325,10 +376,14 @@ def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) ->
         text=True,
         start_new_session=True,
     )
-    watcher = threading.Thread(target=_stop_when_asked, args=(process, stop), daemon=True)
+    watch = _Watch()
+    watch.allow(2 * START_TIMEOUT)  # its own start comes before the kernel's
+    watcher = threading.Thread(target=_stop_in_time, args=(process, stop, watch), daemon=True)
     watcher.start()
     errors: list[str] = []
     causes: list[str] = []
+    unstarted: list[str] = []
+    seen: set[str] = set()
 
     def follow() -> None:
         for line in process.stdout or ():
@@ -336,10 +391,14 @@ def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) ->
                 event = json.loads(line)
             except ValueError:
                 continue
+            seen.add(event["event"])
             if event["event"] == "cell":
+                watch.allow(job.cell_timeout + GRACE)
                 report(job.paper.slug, "cell", {"index": event["index"] + 1, "total": event["total"]})
-            elif event["event"] == "retried":
-                report(job.paper.slug, "retried", {name: event[name] for name in ("cause", "attempt", "limit")})
+                continue
+            watch.allow(GRACE)
+            if event["event"] == "unstarted":
+                unstarted.append(event["cause"])
             elif event["event"] == "failed":
                 causes.append(event["cause"])
 
@@ -356,14 +415,26 @@ def _execute(job: Job, threads: int, stop: threading.Event, report: Progress) ->
         reader.join(5)
     if stop.is_set():
         return "interrupted"
-    if code == 0:
+    if watch.expired:
+        silent = f"the run stood still for {watch.seconds:g} s"
+        if "cell" not in seen:
+            unstarted.append(silent)
+        # One that hangs after its last cell has left all that there is, which is checked before it is published.
+        elif "closing" not in seen and not causes:
+            causes.append(silent)
+    if unstarted:
+        raise _NotStarted(unstarted[-1])
+    if causes:
+        return causes[-1]
+    if code == 0 or watch.expired:
         return None
     if code < 0 or code == 128 + signal.SIGTERM:
         return f"the run was killed by {signal.Signals(-code if code < 0 else code - 128).name}"
-    return causes[-1] if causes else (errors[-1].strip() if errors else f"the run ended with exit status {code}")
+    return errors[-1].strip() if errors else f"the run ended with exit status {code}"
 
 
-def _stop_when_asked(process: subprocess.Popen[str], stop: threading.Event) -> None:
+def _stop_in_time(process: subprocess.Popen[str], stop: threading.Event, watch: _Watch) -> None:
+    """End a worker when that is asked for, or when it has been silent for too long."""
     while process.poll() is None:
         if stop.wait(0.2):
             with contextlib.suppress(ProcessLookupError):
@@ -372,6 +443,11 @@ def _stop_when_asked(process: subprocess.Popen[str], stop: threading.Event) -> N
                     process.wait(10)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
+            return
+        if time.monotonic() > watch.deadline:
+            watch.expired = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             return
 
 

@@ -1,7 +1,8 @@
 """Runs one notebook in a process of its own: `python -m leantrain.worker SPEC`, started by the runner.
 
-Reports one JSON object a line on standard output. Ends when its standard input closes, so that no run outlives
-the runner, however that one died.
+Reports one JSON object a line on standard output: cell, when one begins; failed, with the cause; unstarted, when no
+cell could begin because the kernel did not come up; closing, when all cells are through; executed. Ends when its
+standard input closes, so that no run outlives the runner, however that one died.
 """
 
 from __future__ import annotations
@@ -11,14 +12,11 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["main"]
-
-#: How often a kernel that did not come up is started again: a run that has executed no cell can lose nothing.
-RETRIES = 2
+__all__ = ["OWN", "main"]
 
 OWN = "`make env` installs the project's own"
 
@@ -53,45 +51,40 @@ def _place(sources: Sequence[str]) -> str:
     return f" (in the cell that begins {line[:60]!r})"
 
 
+def _report_error(error: Any, source: str) -> None:
+    _report("failed", cause=f"{error.ename}: {error.evalue}{_place([source])}")
+
+
 def _register_engine(started_cells: list[str]) -> None:
     from papermill.engines import NBClientEngine, papermill_engines
 
     class ReportingEngine(NBClientEngine):
-        """nbclient's engine, telling the runner which cell is running."""
+        """nbclient's engine, telling the runner how far it is."""
 
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
-            started = nb_man.cell_start
+            started, failed, completed = nb_man.cell_start, nb_man.cell_exception, nb_man.cell_complete
+            total = len(nb_man.nb.cells)
 
             def cell_start(cell: Any, cell_index: int | None = None, **rest: Any) -> None:
                 if cell.cell_type == "code":
                     started_cells.append(cell.source)
-                    _report("cell", index=cell_index, total=len(nb_man.nb.cells))
+                    _report("cell", index=cell_index, total=total)
                 started(cell, cell_index, **rest)
 
-            nb_man.cell_start = cell_start
+            def cell_exception(cell: Any, cell_index: int | None = None, **rest: Any) -> None:
+                failed(cell, cell_index, **rest)
+                _report_error(rest["exception"], cell.source)
+
+            def cell_complete(cell: Any, cell_index: int | None = None, **rest: Any) -> None:
+                completed(cell, cell_index, **rest)
+                if cell_index == total - 1:
+                    _report("closing")
+
+            nb_man.cell_start, nb_man.cell_exception, nb_man.cell_complete = cell_start, cell_exception, cell_complete
             return super().execute_managed_notebook(nb_man, kernel_name, **options)
 
     papermill_engines.register("leantrain", ReportingEngine)
-
-
-class KernelNeverStarted(Exception):
-    """A kernel ended or stayed silent before the first cell, each time that it was started."""
-
-
-def _with_retries(execute: Callable[[], None], cells: Sequence[str]) -> None:
-    """Execute; a few times where the kernel does not come up, as when another program has just taken its port."""
-    for attempt in range(1, RETRIES + 2):
-        try:
-            return execute()
-        except RuntimeError as error:  # jupyter_client has no class of its own for this
-            if cells:
-                raise
-            cause = f"the kernel did not start: {error}"
-        if attempt <= RETRIES:
-            _report("retried", cause=cause, attempt=attempt, limit=RETRIES)
-            time.sleep(attempt)
-    raise KernelNeverStarted(cause)
 
 
 def main() -> int:
@@ -107,11 +100,16 @@ def main() -> int:
     import papermill
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from traitlets.config import Config
 
     cells: list[str] = []
     program = ""
-
-    def execute() -> None:
+    # Files in the run's own folder instead of TCP ports: a port that was free when it was chosen may be taken when the
+    # kernel binds it, above all by another kernel that starts, and then some of Jupyter's waits have no end.
+    sockets = {"transport": "ipc", "connection_file": str(Path(spec["scratch"]) / "kernel.json")}
+    try:
+        program = KernelSpecManager().get_kernel_spec(spec["kernel"]).argv[0]
+        _register_engine(cells)
         papermill.execute_notebook(
             _literal(spec["source"]),
             _literal(spec["output"]),
@@ -119,18 +117,14 @@ def main() -> int:
             engine_name="leantrain",
             kernel_name=spec["kernel"],
             cwd=spec["cwd"],
+            config=Config(KernelManager=sockets),
             progress_bar=False,
             log_output=False,
-            start_timeout=180,
+            start_timeout=spec["start_timeout"],
             execution_timeout=spec["cell_timeout"],
         )
-
-    try:
-        program = KernelSpecManager().get_kernel_spec(spec["kernel"]).argv[0]
-        _register_engine(cells)
-        _with_retries(execute, cells)
     except papermill.PapermillExecutionError as error:
-        _report("failed", cause=f"{error.ename}: {error.evalue}{_place([error.source])}")
+        _report_error(error, error.source)
     except DeadKernelError:
         _report("failed", cause=f"the kernel died: out of memory, or killed{_place(cells)}")
     except CellTimeoutError:
@@ -138,8 +132,10 @@ def main() -> int:
         _report("failed", cause=f"a cell ran longer than the limit of {limit} s{_place(cells)}")
     except NoSuchKernel as error:
         _report("failed", cause=f"no Jupyter kernel is named {error.name!r}; {OWN}")
-    except KernelNeverStarted as error:
-        _report("failed", cause=f"{error} (tried {RETRIES + 1} times); {OWN}")
+    except RuntimeError as error:  # jupyter_client has no class of its own for a kernel that does not come up
+        if cells:
+            raise
+        _report("unstarted", cause=str(error))
     except OSError as error:
         if error.filename == program:
             _report("failed", cause=f"the kernel {spec['kernel']!r} needs {program}, which cannot be started; {OWN}")

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 
@@ -148,6 +149,76 @@ runpy.run_module("ipykernel_launcher", run_name="__main__")"""
     assert re.search(expected, outcome.cause), outcome.cause
     assert workshop.ledger.read_text().count("start") == 3
     assert workshop.processes() == []
+
+
+#: Starts of a kernel, of which the first goes wrong in a way of its own.
+ONCE = """\
+import os, runpy, signal, time
+if not os.path.exists(os.environ["LEDGER"]):
+    open(os.environ["LEDGER"], "w").close()
+    {fault}
+runpy.run_module("ipykernel_launcher", run_name="__main__")"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)", "Kernel didn't respond in 8 seconds"),
+        ("os.kill(os.getppid(), signal.SIGSTOP); time.sleep(600)", "the run stood still for 16 s"),
+    ],
+    ids=["kernel", "worker"],
+)
+def test_a_start_that_hangs_is_broken_off_and_made_again(workshop, install, monkeypatch, fault, cause):
+    monkeypatch.setattr(runner, "START_TIMEOUT", 8)
+    install("hanging", sys.executable, "-c", ONCE.format(fault=fault))
+    workshop.bare("done = True")
+    seen = []
+    (outcome,) = runner.run_jobs([quick(kernel="hanging")], progress=lambda *event: seen.append(event))
+    assert "the notebook holds 0 records" in outcome.cause
+    retried = [fields["cause"] for _, event, fields in seen if event == "retried"]
+    assert retried[0] == f"the kernel did not start: {cause}"
+    assert workshop.processes() == []
+
+
+def test_a_run_that_stands_still_in_a_cell_is_broken_off(workshop, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE", 3)
+    workshop.bare("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)")
+    (outcome,) = runner.run_jobs([quick(cell_timeout=2)])
+    assert (outcome.status, outcome.cause) == ("failed", "the run stood still for 5 s")
+    assert workshop.processes() == []
+
+
+@pytest.mark.parametrize(("ending", "status"), [("done = True", "done"), ("1/0", "failed")])
+def test_a_run_that_stands_still_after_its_last_cell_loses_nothing(house, workshop, monkeypatch, ending, status):
+    monkeypatch.setattr(runner, "GRACE", 3)
+    house.write_notebook(
+        f"import atexit, os, signal\natexit.register(lambda: os.kill(os.getppid(), signal.SIGSTOP))\n{ending}"
+    )
+    (outcome,) = runner.run_jobs([quick()])
+    assert outcome.status == status, outcome.cause
+    assert ("ZeroDivisionError" in outcome.cause) == (status == "failed")
+    assert workshop.processes() == []
+
+
+@pytest.mark.parametrize("length", [0, 150])
+def test_a_kernel_is_reached_through_files_of_the_run_alone(workshop, tmp_path, monkeypatch, length):
+    """No ports are given out in advance: two kernels that start at once could get the same."""
+    if length:
+        folder = tmp_path / ("x" * length)
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    workshop.bare(
+        "import json, os\nfrom ipykernel.connect import get_connection_file\n"
+        "connection = json.load(open(get_connection_file()))\n"
+        "folder, place = os.path.split(connection['ip'])\n"
+        "assert (connection['transport'], folder) == ('ipc', os.environ['JUPYTER_RUNTIME_DIR'])\n"
+        "assert sum(name.startswith(place) for name in os.listdir(folder)) == 5\n"
+        "assert os.stat(folder).st_mode & 0o777 == 0o700\n"
+        "open(os.environ['LEDGER'], 'w').write(folder)"
+    )
+    (outcome,) = runner.run_jobs([quick()])
+    assert "the notebook holds 0 records" in outcome.cause
+    assert not os.path.exists(workshop.ledger.read_text())
 
 
 def test_a_kernel_whose_program_is_gone_is_named(workshop, install):

@@ -36,7 +36,9 @@ MATRIX: dict[str, tuple[str, dict[str, str]]] = {
         "a cell takes too long",
         {
             "test_runner": "test_a_cell_that_takes_too_long_is_stopped",
-            "reliability/test_execution": "test_what_a_run_started_ends_with_it",
+            "reliability/test_execution": "test_what_a_run_started_ends_with_it "
+            "test_a_run_that_stands_still_in_a_cell_is_broken_off "
+            "test_a_run_that_stands_still_after_its_last_cell_loses_nothing",
         },
     ),
     "A4": (
@@ -78,7 +80,9 @@ MATRIX: dict[str, tuple[str, dict[str, str]]] = {
         "32 starts at once",
         {
             "reliability/test_execution": "test_thirty_two_runs_start_at_once_with_one_thread_each "
-            "test_a_kernel_that_does_not_come_up_is_started_again_twice"
+            "test_a_kernel_is_reached_through_files_of_the_run_alone "
+            "test_a_kernel_that_does_not_come_up_is_started_again_twice "
+            "test_a_start_that_hangs_is_broken_off_and_made_again"
         },
     ),
     "A10": (
