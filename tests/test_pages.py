@@ -124,3 +124,13 @@ def test_the_card_opens_every_chapter_and_the_code_before_it_is_folded(rendered)
         article = page[page.index("<article") :]
         card, fold = article.index("lt-card"), article.index("<details class='lt-fold lt-fold--code'>")
         assert card < fold < article.index("cell_input") < article.index("globals") < article.index("</details>")
+
+
+def test_every_table_of_a_chapter_has_a_class_that_gives_it_its_look(rendered):
+    plain = {
+        paper.slug: re.findall(r"<table(?![^>]*\sclass=)[^>]*>", page)
+        for paper in load_catalog().built()
+        if "<table" in (page := (rendered / f"book/chapters/{paper.slug}.html").read_text(encoding="utf-8"))
+    }
+    assert plain == dict.fromkeys(plain, [])
+    assert len(plain) == len(load_catalog().built())

@@ -65,6 +65,7 @@ _MATHJAX = ("static", "mathjax", "tex-svg.js")
 
 _REFERENCE_ROLES = re.compile(r' role="doc-biblioentry"|(?<=<div) role="list"(?= class="citation-list")')
 _EMPTY_HEADER = re.compile(r"<th((?: [^>]*)?)>(?:\s|&nbsp;)*</th>")
+_FORMATTED = re.compile(r'<table (id="T_)')
 
 
 class _Book:
@@ -544,7 +545,7 @@ def _prepare_chapter(app: Sphinx, docname: str, source: list[str]) -> None:
 
     The record is taken out: it is data for the scoreboard, and a type of output that MyST-NB cannot show and would
     warn of. The empty header cells of pandas' tables become plain cells: a screen reader would announce a header that
-    says nothing.
+    says nothing. Those that pandas has formatted get the class that it gives to all others, and so the same look.
     """
     if posixpath.dirname(docname) != "book/chapters":
         return
@@ -554,7 +555,8 @@ def _prepare_chapter(app: Sphinx, docname: str, source: list[str]) -> None:
             shown = output.get("data", {})
             shown.pop(MIME, None)
             if "text/html" in shown:
-                shown["text/html"] = _EMPTY_HEADER.sub(r"<td\1></td>", "".join(shown["text/html"]))
+                plain = _EMPTY_HEADER.sub(r"<td\1></td>", "".join(shown["text/html"]))
+                shown["text/html"] = _FORMATTED.sub(r'<table class="dataframe" \1', plain)
     source[0] = json.dumps(notebook)
 
 
