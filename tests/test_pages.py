@@ -126,9 +126,10 @@ def test_the_card_opens_every_chapter_and_the_code_before_it_is_folded(rendered)
         assert card < fold < article.index("cell_input") < article.index("globals") < article.index("</details>")
 
 
-def test_every_table_of_a_chapter_has_a_class_that_gives_it_its_look(rendered):
+def test_every_table_of_a_chapter_has_a_class_that_gives_it_its_look_and_no_value_of_pandas_own(rendered):
     for paper in load_catalog().built():
         page = (rendered / f"book/chapters/{paper.slug}.html").read_text(encoding="utf-8")
         tables = re.findall(r"<table[^>]*>", page)
         assert tables, paper.slug
         assert [table for table in tables if " class=" not in table] == [], paper.slug
+        assert ">NaN<" not in page, paper.slug

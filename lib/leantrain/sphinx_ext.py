@@ -64,8 +64,12 @@ _LOG = logging.getLogger(__name__)
 _MATHJAX = ("static", "mathjax", "tex-svg.js")
 
 _REFERENCE_ROLES = re.compile(r' role="doc-biblioentry"|(?<=<div) role="list"(?= class="citation-list")')
-_EMPTY_HEADER = re.compile(r"<th((?: [^>]*)?)>(?:\s|&nbsp;)*</th>")
-_FORMATTED = re.compile(r'<table (id="T_)')
+#: What is written otherwise in the tables of pandas.
+_TABLES = (
+    (re.compile(r"<th((?: [^>]*)?)>(?:\s|&nbsp;)*</th>"), r"<td\1></td>"),  # a screen reader would announce it
+    (re.compile(r'<table (id="T_)'), r'<table class="dataframe" \1'),  # one with a format has no class
+    (re.compile(r"<td>NaN</td>"), "<td>–</td>"),  # there is no such value
+)
 
 
 class _Book:
@@ -544,8 +548,7 @@ def _prepare_chapter(app: Sphinx, docname: str, source: list[str]) -> None:
     """Change a chapter's outputs as the page is read; the file itself, which readers may download, stays as it is.
 
     The record is taken out: it is data for the scoreboard, and a type of output that MyST-NB cannot show and would
-    warn of. The empty header cells of pandas' tables become plain cells: a screen reader would announce a header that
-    says nothing. Those that pandas has formatted get the class that it gives to all others, and so the same look.
+    warn of. Tables of pandas are made fit for screen readers and for the book's look.
     """
     if posixpath.dirname(docname) != "book/chapters":
         return
@@ -555,8 +558,10 @@ def _prepare_chapter(app: Sphinx, docname: str, source: list[str]) -> None:
             shown = output.get("data", {})
             shown.pop(MIME, None)
             if "text/html" in shown:
-                plain = _EMPTY_HEADER.sub(r"<td\1></td>", "".join(shown["text/html"]))
-                shown["text/html"] = _FORMATTED.sub(r'<table class="dataframe" \1', plain)
+                content = "".join(shown["text/html"])
+                for written, instead in _TABLES:
+                    content = written.sub(instead, content)
+                shown["text/html"] = content
     source[0] = json.dumps(notebook)
 
 
